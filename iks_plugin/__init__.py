@@ -1,0 +1,28 @@
+"""iks-plugin: make super-resolution networks sparse in the training code that exists already.
+
+    controller = iks_plugin.sparsify(model, 0.8)   # in place; 80 % of the rewritten layers' weights become zero
+    ...                                            # any training loop, unchanged
+    iks_plugin.finalize(model)                     # plain modules again, with exactly 80 % zeros
+    print(iks_plugin.report(model))                # what each layer has kept
+
+The method is Individual Kernel Sparsity (ACM MM 2022, doi 10.1145/3503161.3547768).
+"""
+
+from .control import SparsityController
+from .errors import IksError, IksWarning, OptionError
+from .report import LayerReport, Report, report
+from .rewrite import finalize, sparsify
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "IksError",
+    "IksWarning",
+    "LayerReport",
+    "OptionError",
+    "Report",
+    "SparsityController",
+    "finalize",
+    "report",
+    "sparsify",
+]

@@ -1,0 +1,211 @@
+"""The controller: it moves the thresholds of a rewritten model, step by step, until the target sparsity is reached."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import laws
+from .errors import IksError
+from .layers import Gated, Goal
+from .measure import all_shifts, count_raw_zeros, count_weights, count_zeros, unique
+from .optimizers import OptimizerWatcher
+from .options import Options, check_sparsity
+
+_STATE_VERSION = 1
+_GONE = "the controller's model is gone: keep a reference to the model that was rewritten"
+_LAW_FIELDS = ("total_steps", "ramp_steps", "interval")
+
+_controllers: weakref.WeakKeyDictionary[nn.Module, SparsityController] = weakref.WeakKeyDictionary()
+
+
+class SparsityController:
+    """Drives the sparsity of one rewritten model; `iks_plugin.sparsify` makes it.
+
+    It counts the steps of the optimizer that trains the thresholds and acts by itself. It holds the model weakly, and
+    the model keeps it alive, so its return value may be ignored.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, Gated], goal: Goal, options: Options) -> None:
+        self._model = weakref.ref(model)
+        self._layers = {name: weakref.ref(layer) for name, layer in unique(layers).items()}  # tied ones once
+        self._goal = goal
+        self._granularity = options.granularity
+        self._law_name = options.law
+        self._law = laws.make_law(
+            options.law,
+            total_steps=options.total_steps,
+            ramp_steps=options.ramp_steps,
+            epoch_steps=options.epoch_steps,
+            interval=options.interval,
+        )
+        self._steps = 0
+        self._start: float | None = None
+        self._watcher = OptimizerWatcher(self._watched, self.step)
+        self._watcher.start()
+        _controllers[model] = self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps counted so far."""
+        return self._steps
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the rewritten layers' weights that are zero now, in [0, 1]; counted when it is read."""
+        layers = self._layers_alive().values()
+        return count_zeros(layers) / count_weights(layers)
+
+    @property
+    def target_sparsity(self) -> float:
+        """The fraction of the rewritten layers' weights that are to be zero, in [0, 1).
+
+        May be set at any time. During the ramp it changes where the ramp leads; after it (or after the training, for
+        the law "paper" with total_steps) the thresholds move at once, so that it dials any sparsity without training.
+        """
+        return self._goal.target_sparsity
+
+    @target_sparsity.setter
+    def target_sparsity(self, value: float) -> None:
+        target = check_sparsity(value)
+        if self._law.has_arrived(self._steps):
+            self._shift_to(target)
+        self._goal.target_sparsity = target
+
+    def step(self) -> None:
+        """Count one optimizer step and act if the law says so.
+
+        Called by itself after each step of a torch optimizer that holds the thresholds; call it by hand only after
+        `detach()`, or where something other than a torch optimizer trains the model.
+
+        Raises:
+            IksError: a weight or threshold is not finite; the step is counted, but no threshold changes.
+        """
+        self._steps += 1
+        if not self._law.acts_at(self._steps):
+            return
+        if isinstance(self._law, laws.PaperLaw):
+            all_shifts(self._gated())  # raises where something is not finite
+            ratio = self._law.ratio(self.sparsity, self.target_sparsity)
+            self._change_thresholds(lambda threshold: threshold.mul_(ratio))
+        else:
+            if self._start is None:
+                self._start = self.sparsity
+            self._shift_to(self._law.wanted(self._steps, self._start, self.target_sparsity))
+
+    def detach(self) -> None:
+        """Stop acting by itself; thresholds stay as they are, and `step()` still works by hand."""
+        self._watcher.stop()
+
+    def drives_only(self, layers: Iterable[nn.Module]) -> bool:
+        """Whether every layer that it drives is among `layers`."""
+        return set(self._layers_alive().values()) <= set(layers)
+
+    def param_groups(self, **options: Any) -> list[dict[str, Any]]:
+        """Two optimizer groups: every other parameter of the model, and the thresholds without weight decay.
+
+        Args:
+            options: options of the threshold group, such as lr=1e-3; the other group takes the optimizer's defaults.
+        """
+        model = self._model()
+        if model is None:
+            raise IksError(_GONE)
+        thresholds = [layer.threshold for layer in self._gated().values()]
+        mine = {id(threshold) for threshold in thresholds}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in mine]
+        return [{"params": others}, {"params": thresholds, "weight_decay": 0.0, **options}]
+
+    def log(self, writer: Any, step: int | None = None) -> None:
+        """Write the sparsity to TensorBoard: the total and its target, and each layer's own.
+
+        Args:
+            writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar(tag, value, step)`.
+            step: the step on the time axis; the controller's own count if left out.
+        """
+        step = self._steps if step is None else step
+        writer.add_scalar("iks/sparsity", self.sparsity, step)
+        writer.add_scalar("iks/target_sparsity", self.target_sparsity, step)
+        for name, layer in self._layers_alive().items():
+            writer.add_scalar(f"iks_layers/{name}", count_zeros([layer]) / count_weights([layer]), step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the model's and the optimizer's state: plain numbers and strings."""
+        return {
+            "version": _STATE_VERSION,
+            "law": self._law_name,
+            "granularity": self._granularity,
+            "weights": count_weights(self._layers_alive().values()),
+            "target_sparsity": self.target_sparsity,
+            "steps": self._steps,
+            "start_sparsity": self._start,
+            **{name: getattr(self._law, name, None) for name in _LAW_FIELDS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the controller that made `state` was; its target and schedule replace the present ones.
+
+        Raises:
+            IksError: the state is incomplete, of another version, or of a differently rewritten model; then nothing
+                changes.
+        """
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
+        if missing:
+            raise IksError(f"controller state expected the keys {sorted(own)}, got none for {missing}")
+        for key in ("version", "law", "granularity", "weights"):
+            if state[key] != own[key]:
+                raise IksError(
+                    f"controller state: {key} expected {own[key]!r}, got {state[key]!r}: "
+                    "rewrite the model with the options of the run that saved the state"
+                )
+        target = check_sparsity(state["target_sparsity"], "target_sparsity in the controller state")
+        law = type(self._law)(**{name: state[name] for name in _LAW_FIELDS if hasattr(self._law, name)})
+        self._goal.target_sparsity = target
+        self._law = law
+        self._steps = state["steps"]
+        self._start = state["start_sparsity"]
+
+    def __repr__(self) -> str:
+        return (
+            f"SparsityController(target_sparsity={self.target_sparsity}, law={self._law_name!r}, "
+            f"layers={len(self._layers)}, steps={self._steps})"
+        )
+
+    def _shift_to(self, sparsity: float) -> None:
+        layers = self._gated()
+        shifts = all_shifts(layers)
+        # Raw zeros stay zero at any threshold: aiming below them would only drive the thresholds to nowhere.
+        wanted = max(laws.count_for(sparsity, shifts.numel()), count_raw_zeros(layers.values()))
+        shift = laws.shift_for(shifts, count_zeros(layers.values()), wanted)
+        if shift:
+            self._change_thresholds(lambda threshold: threshold.add_(shift))
+
+    @torch.no_grad()
+    def _change_thresholds(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer in self._gated().values():
+            change(layer.threshold)
+
+    def _layers_alive(self) -> dict[str, nn.Module]:
+        layers = {name: layer for name, reference in self._layers.items() if (layer := reference()) is not None}
+        if not layers:
+            raise IksError(_GONE)
+        return layers
+
+    def _gated(self) -> dict[str, Gated]:
+        layers = {name: layer for name, layer in self._layers_alive().items() if isinstance(layer, Gated)}
+        if not layers:
+            raise IksError("the controller's model has been finalized: rewrite it with sparsify to train it on")
+        return layers
+
+    def _watched(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        return [(name, layer.raw_weight, layer.threshold) for name, layer in self._gated().items()]
+
+
+def controllers_of(layers: Iterable[nn.Module]) -> set[SparsityController]:
+    """The controllers that drive any of `layers`."""
+    wanted = set(layers)
+    return {controller for controller in _controllers.values() if wanted & set(controller._layers_alive().values())}

@@ -1,0 +1,170 @@
+"""The laws that drive thresholds to a sparsity: formulas over numbers and tensors, without any state.
+
+A weight w with threshold t is zero iff |w| <= sigmoid(t). The law "paper" multiplies all thresholds by a ratio, as
+published. The law "exact" adds one shift d to them: w is then zero iff d >= logit(|w|) - t, its critical shift, so the
+shift that gives any wanted number of zeros is an order statistic of the critical shifts. Where all thresholds are
+equal, adding and multiplying lead to the same gates. Adding keeps the differences that training has put between the
+thresholds, and goes on working once a threshold is positive, where multiplying reverses its direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RAMP_SHARE = 0.6
+"""Share of `total_steps` that the ramp of the exact law takes where its length is not given."""
+RAMP_STEPS = 1000
+"""Length of that ramp where the length of the training is not given either."""
+EXACT_INTERVAL = 10
+"""Steps between two actions of the exact law: at most 1 % of a training step is spent on them."""
+PAPER_EPOCHS = 10
+"""D of the paper: epochs between two actions, and at the end of the training without any."""
+PAPER_RATE = 0.005
+"""Change of the paper's ratio per percent of sparsity that is missing."""
+PAPER_BAND = 1.0
+"""The paper's law rests while the sparsity lies at most this many percent above the target."""
+
+_SMALLEST = 1e-30
+_LARGEST = 1 - 2.0**-24
+_ROUNDING = 2e-6
+"""More than float32 errs by when it adds a shift to a threshold near -12 and takes the sigmoid."""
+
+
+@dataclass(frozen=True)
+class ExactLaw:
+    """Raise the sparsity along a cubic ramp over `ramp_steps`, then hold the target; act every `interval` steps."""
+
+    ramp_steps: int
+    interval: int
+    total_steps: int | None
+
+    def acts_at(self, step: int) -> bool:
+        return step % self.interval == 0 or step in (self.ramp_steps, self.total_steps)
+
+    def has_arrived(self, step: int) -> bool:
+        """Whether the ramp is over at `step`, so that a new target may be taken up at once."""
+        return step >= self.ramp_steps
+
+    def wanted(self, step: int, start: float, target: float) -> float:
+        """The sparsity at `step`: target + (start - target) * (1 - step / ramp_steps)^3 (Zhu & Gupta 2017, eq. 1)."""
+        left = max(0.0, 1 - step / self.ramp_steps)
+        return target + (min(start, target) - target) * left**3
+
+
+@dataclass(frozen=True)
+class PaperLaw:
+    """The published law: every D epochs (`interval` steps) multiply the thresholds, but not in the last D epochs."""
+
+    interval: int
+    total_steps: int | None
+
+    def acts_at(self, step: int) -> bool:
+        return step % self.interval == 0 and (self.total_steps is None or step <= self.total_steps - self.interval)
+
+    def has_arrived(self, step: int) -> bool:
+        return self.total_steps is not None and step > self.total_steps - self.interval
+
+    def ratio(self, sparsity: float, target: float) -> float:
+        """q = 1 + 0.005 * (S_now - S_target) in percent; 1 within the band [S_target, S_target + 1]."""
+        excess = 100 * (sparsity - target)
+        return 1.0 if 0 <= excess <= PAPER_BAND else 1 + PAPER_RATE * excess
+
+
+LAWS = ("exact", "paper")
+
+
+def make_law(
+    name: str, *, total_steps: int | None, ramp_steps: int | None, epoch_steps: int | None, interval: int | None
+) -> ExactLaw | PaperLaw:
+    """The law called `name` with the defaults filled in; all lengths are optimizer steps."""
+    if name == "paper":
+        if interval is None:
+            assert epoch_steps is not None
+            interval = PAPER_EPOCHS * epoch_steps
+        return PaperLaw(interval, total_steps)
+    if ramp_steps is None:
+        ramp_steps = RAMP_STEPS if total_steps is None else max(1, round(RAMP_SHARE * total_steps))
+    return ExactLaw(ramp_steps, interval or EXACT_INTERVAL, total_steps)
+
+
+def critical_shifts(weight: Tensor, threshold: Tensor) -> Tensor:
+    """logit(|w|) - t for every weight, flat, float32 at least: the weight is zero iff the shift is at least that.
+
+    Beyond the reach of a sigmoid the order by magnitude goes on: |w| >= 1 counts as a little more than any smaller
+    one, and w = 0 as less than any other, both finite.
+    """
+    magnitude = weight.detach().abs()
+    if magnitude.dtype in (torch.float16, torch.bfloat16):
+        magnitude = magnitude.float()
+    beyond = (magnitude - 1).clamp_(min=0)
+    shifts = torch.logit(magnitude.clamp_(_SMALLEST, _LARGEST)).add_(beyond)
+    return (shifts - threshold.detach()).flatten()
+
+
+def shift_for(shifts: Tensor, zeros: int, wanted: int) -> float:
+    """The shift nearest to 0 after which `wanted` weights are zero.
+
+    Args:
+        shifts: the critical shifts of all weights, flat and finite.
+        zeros: how many weights are zero now.
+        wanted: how many are to be; between 0 and the number of weights.
+    """
+    if zeros < wanted:
+        return kth_smallest(shifts, wanted) + _ROUNDING
+    if zeros > wanted:
+        return kth_smallest(shifts, wanted + 1) - _ROUNDING
+    return 0.0
+
+
+def kth_smallest(values: Tensor, k: int) -> float:
+    """The k-th smallest entry of a flat tensor, k counted from 1."""
+    return float(torch.kthvalue(values, k).values)
+
+
+def count_for(sparsity: float, weights: int) -> int:
+    """How many of `weights` are zero at `sparsity`: round(sparsity * weights)."""
+    return round(sparsity * weights)
+
+
+def project(gated: Sequence[Tensor], raw: Sequence[Tensor], shifts: Tensor, zeros: int) -> list[Tensor]:
+    """The gated weights with exactly `zeros` zeros over all of them, changed in as few entries as possible.
+
+    The weights that must fall are those with the smallest critical shifts among the living; they become zero and no
+    other weight changes. The weights that must come back are those with the largest critical shifts among the zero
+    ones; they get their sign and what of their magnitude exceeds the threshold shifted down to the last of them.
+    Raw weights that are zero themselves cannot come back.
+
+    Args:
+        gated: the gated weights, one tensor per layer.
+        raw: the weights before the gate, shaped as `gated`.
+        shifts: the critical shifts of all of them in one flat tensor.
+        zeros: the wanted number of zeros, between 0 and the number of all weights.
+    """
+    values = torch.cat([g.flatten().to(shifts.device) for g in gated])
+    dead = values == 0
+    missing = zeros - int(dead.sum())
+    if missing > 0:
+        living = torch.nonzero(~dead).flatten()
+        values[living[torch.argsort(shifts[living], stable=True)[:missing]]] = 0
+    elif missing < 0:
+        source = torch.cat([r.flatten().to(shifts.device) for r in raw])
+        asleep = torch.nonzero(dead & (source != 0)).flatten()
+        woken = asleep[torch.argsort(shifts[asleep], descending=True, stable=True)[:-missing]]
+        if woken.numel():
+            smallest = max(torch.finfo(g.dtype).tiny for g in gated)
+            values[woken] = _woken(source[woken], shifts[woken], smallest)
+    parts = values.split([g.numel() for g in gated])
+    return [part.view_as(g).to(g) for part, g in zip(parts, gated, strict=True)]
+
+
+def _woken(raw: Tensor, shifts: Tensor, smallest: float) -> Tensor:
+    """Weights above the gate again, by `smallest` at least: it is shifted down to the last that wakes."""
+    precise = raw.double()
+    threshold = torch.logit(precise.abs().clamp(_SMALLEST, _LARGEST)) - shifts.double()
+    cut = torch.sigmoid(threshold + shifts.double().min())
+    magnitude = (precise.abs() - cut).clamp(min=smallest)
+    return (torch.sign(precise) * magnitude).to(raw.dtype)

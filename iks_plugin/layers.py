@@ -1,0 +1,244 @@
+"""Convolutions whose weight passes through the gate: static subclasses, entered by swapping a module's class.
+
+`layer.weight` reads the gated weight, and `forward` stays the parent's own. So whoever reads `.weight`, the layer itself
+or a block that convolves by hand, computes with what the network will be after training. `parameters()` and
+`state_dict()` hold the raw `weight` and its `threshold`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gate import soft_threshold
+
+GRANULARITIES = ("weight", "kernel", "filter", "layer")
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(eq=False)
+class Goal:
+    """The sparsity that a set of layers is to reach together; one object, shared with every deep copy of the layers.
+
+    An EMA copy of a network thus always knows the target that its original is trained for.
+    """
+
+    target_sparsity: float
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Goal:
+        return self
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How one layer is gated."""
+
+    granularity: str
+    threshold_init: float
+    goal: Goal
+
+
+class Gated(nn.Module):
+    """Mixin, first base of every sparse layer; its second base is the class that the module had before."""
+
+    _iks: GateSettings
+    threshold: nn.Parameter
+
+    @property
+    def raw_weight(self) -> nn.Parameter:
+        """The trained weight before the gate."""
+        raw = self._parameters.get("weight")
+        return self.__dict__["weight"] if raw is None else raw  # type: ignore[no-any-return]
+
+    def spread_threshold(self) -> Tensor:
+        """The threshold in a shape that broadcasts to the weight's."""
+        threshold, rows = self.threshold, self.raw_weight.shape[0]
+        if threshold.shape[0] in (1, rows):
+            return threshold
+        # One threshold per filter of a grouped transposed convolution: a group of input channels shares a row.
+        return threshold.repeat_interleave(rows // threshold.shape[0], dim=0)
+
+    def _get_weight(self) -> Tensor:
+        return soft_threshold(self.raw_weight, self.spread_threshold())
+
+    def _set_weight(self, value: Tensor) -> None:
+        # Reached only where no parameter `weight` is registered: DataParallel's replicas hold plain tensors.
+        self.__dict__["weight"] = value
+
+    weight = property(_get_weight, _set_weight, doc="The gated weight: what the layer computes with.")
+
+    def reset_parameters(self) -> None:
+        with ungated(self):
+            self.reset_parameters()
+        nn.init.constant_(self.threshold, self._iks.threshold_init)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, granularity={self._iks.granularity!r}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By the original class, because the sparse class of a third-party layer has no importable name.
+        _, _, *rest = super().__reduce_ex__(2)
+        return (_rebuild, (original_class(self),), *rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gated:
+        # Half precision has steps of 0.4 % (float16) or 6 % (bfloat16) of a cut around t = -12: too coarse for a target.
+        precise = self.threshold.detach()
+        super()._apply(fn, recurse)
+        if self.threshold.dtype in (torch.float16, torch.bfloat16):
+            self.threshold.data = precise.to(self.threshold.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *reports: list[str]
+    ) -> None:
+        key = f"{prefix}threshold"
+        own = self.threshold
+        state_dict = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        loaded = state_dict.get(key)
+        if loaded is None:
+            if f"{prefix}weight" in state_dict:  # a dense checkpoint
+                state_dict[key] = torch.full_like(own, self._iks.threshold_init)
+        elif loaded.shape != own.shape:
+            if loaded.numel() == own.numel():
+                state_dict[key] = loaded.reshape(own.shape)
+            else:
+                *_, error_messages = reports
+                error_messages.append(self._threshold_mismatch(key, loaded))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)  # type: ignore[arg-type]
+
+    def _threshold_mismatch(self, key: str, loaded: Tensor) -> str:
+        raw = self.raw_weight
+        cls, groups = original_class(self), getattr(self, "groups", 1)
+        fitting = [g for g in GRANULARITIES if threshold_shape(cls, raw, g, groups) == loaded.shape]
+        was = f" (granularity={fitting[0]!r}: rewrite the model with that one)" if fitting else ""
+        return (
+            f"{key} expected {tuple(self.threshold.shape)} (granularity={self._iks.granularity!r}), "
+            f"got {tuple(loaded.shape)}{was}."
+        )
+
+
+class SparseConv1d(Gated, nn.Conv1d):
+    pass
+
+
+class SparseConv2d(Gated, nn.Conv2d):
+    pass
+
+
+class SparseConv3d(Gated, nn.Conv3d):
+    pass
+
+
+class SparseConvTranspose1d(Gated, nn.ConvTranspose1d):
+    pass
+
+
+class SparseConvTranspose2d(Gated, nn.ConvTranspose2d):
+    pass
+
+
+class SparseConvTranspose3d(Gated, nn.ConvTranspose3d):
+    pass
+
+
+class SparseLinear(Gated, nn.Linear):
+    pass
+
+
+_STATIC: tuple[type[Gated], ...] = (
+    SparseConv1d,
+    SparseConv2d,
+    SparseConv3d,
+    SparseConvTranspose1d,
+    SparseConvTranspose2d,
+    SparseConvTranspose3d,
+    SparseLinear,
+)
+_sparse_classes: dict[type[nn.Module], type[Gated]] = {cls.__bases__[1]: cls for cls in _STATIC}
+
+SUPPORTED_TYPES: tuple[type[nn.Module], ...] = tuple(_sparse_classes)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(cls for cls in SUPPORTED_TYPES if cls is not nn.Linear)
+
+
+def sparse_class(cls: type[nn.Module]) -> type[Gated]:
+    """The gated subclass of `cls`, which is a supported type or a subclass of one that brings its own forward."""
+    if cls not in _sparse_classes:
+        _sparse_classes[cls] = type(f"Sparse{cls.__name__}", (Gated, cls), {"__module__": cls.__module__})
+    return _sparse_classes[cls]
+
+
+def original_class(layer: Gated) -> type[nn.Module]:
+    """The class that `layer` had before the rewrite."""
+    cls: type[nn.Module] = type(layer).__bases__[1]
+    return cls
+
+
+def _rebuild(cls: type[nn.Module]) -> Gated:
+    sparse = sparse_class(cls)
+    return sparse.__new__(sparse)
+
+
+def threshold_shape(cls: type[nn.Module], weight: Tensor, granularity: str, groups: int = 1) -> tuple[int, ...]:
+    """The shape of the threshold for a `weight` of a layer of type `cls`; it broadcasts to the weight's shape.
+
+    The weight's own shape ("weight"), one entry per k x k slice ("kernel"), per output channel ("filter"), or one for
+    all ("layer"). In a grouped transposed convolution, whose weight is (in, out / groups, ...), "filter" gives
+    (groups, out / groups, 1, ...): each row serves the input channels of its group.
+    """
+    ones = (1,) * weight.ndim
+    if granularity == "weight":
+        return tuple(weight.shape)
+    if granularity == "kernel":
+        return (*weight.shape[:2], *ones[2:])
+    if granularity == "filter":
+        if issubclass(cls, _TRANSPOSED):
+            return (groups, weight.shape[1], *ones[2:])
+        return (weight.shape[0], *ones[1:])
+    return ones
+
+
+def new_threshold(layer: nn.Module, settings: GateSettings) -> nn.Parameter:
+    """The initial threshold parameter for a layer that is not gated yet: float32 at least, on the weight's device."""
+    weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
+    shape = threshold_shape(type(layer), weight, settings.granularity, getattr(layer, "groups", 1))
+    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    like = weight if shape == weight.shape else weight.new_empty(shape)
+    values = torch.full_like(like, settings.threshold_init, dtype=dtype, requires_grad=False)
+    return nn.Parameter(values, requires_grad=weight.requires_grad)
+
+
+def open_gate(layer: nn.Module, threshold: nn.Parameter, settings: GateSettings) -> None:
+    """Turn `layer` into its gated subclass, in place."""
+    sparse = sparse_class(type(layer))
+    layer.register_parameter("threshold", threshold)
+    layer._iks = settings  # type: ignore[assignment]
+    layer.__class__ = sparse
+
+
+def remove_gate(layer: Gated) -> None:
+    """Turn `layer` back into a plain module of its original class, in place; its raw weight stays as it is."""
+    layer.__class__ = original_class(layer)
+    del layer._parameters["threshold"]
+    del layer.__dict__["_iks"]
+
+
+@contextmanager
+def ungated(layer: Gated) -> Iterator[None]:
+    """While it lasts, `layer.weight` is the raw weight: for initialisation in place, which a gated weight would lose."""
+    sparse = type(layer)
+    layer.__class__ = original_class(layer)
+    try:
+        yield
+    finally:
+        layer.__class__ = sparse
+
+
+def gated_layers(model: nn.Module) -> dict[str, Gated]:
+    """The gated layers of `model` by qualified name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}

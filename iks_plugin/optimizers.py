@@ -1,0 +1,128 @@
+"""What watches the optimizers: counts their steps, refuses stale ones, keeps weight decay off thresholds.
+
+A watcher hears of every step of every torch optimizer through torch's global step hooks, so a training loop needs no
+line of its own. Gradient accumulation, steps that a GradScaler skips, and a second optimizer for a discriminator thus
+count as they should: only a step of the optimizer that holds the first threshold counts.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch.nn import Parameter
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from .errors import IksError, IksWarning
+
+_watchers: weakref.WeakSet[OptimizerWatcher] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+class OptimizerWatcher:
+    """Calls `on_step` after each step of the optimizer that holds the first of the pairs' thresholds.
+
+    Args:
+        pairs: returns (name, weight, threshold) of every watched layer.
+        on_step: called without arguments after a step that counts.
+    """
+
+    def __init__(self, pairs: Callable[[], list[tuple[str, Parameter, Parameter]]], on_step: Callable[[], None]) -> None:
+        self._pairs = pairs
+        self._on_step = on_step
+        self._seen: weakref.WeakKeyDictionary[Optimizer, tuple[object, bool, bool]] = weakref.WeakKeyDictionary()
+        self._unprotected: weakref.WeakKeyDictionary[Optimizer, list[list[Parameter]]] = weakref.WeakKeyDictionary()
+        self._warned_of_decay = False
+
+    def start(self) -> None:
+        if not _hooks:
+            _hooks.append(register_optimizer_step_pre_hook(_before_step))
+            _hooks.append(register_optimizer_step_post_hook(_after_step))
+        _watchers.add(self)
+
+    def stop(self) -> None:
+        _watchers.discard(self)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        self._restore(optimizer)
+        _, decays = self._inspect(optimizer)
+        if decays:
+            self._protect(optimizer)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        self._restore(optimizer)
+        counts, _ = self._inspect(optimizer)
+        if counts:
+            self._on_step()
+
+    def _inspect(self, optimizer: Optimizer) -> tuple[bool, bool]:
+        """Whether a step of `optimizer` counts, and whether it would decay thresholds."""
+        groups = optimizer.param_groups
+        signature = tuple((len(group["params"]), bool(group.get("weight_decay"))) for group in groups)
+        seen = self._seen.get(optimizer)
+        if seen is None or seen[0] != signature:
+            pairs = self._pairs()
+            held = {id(p): bool(group.get("weight_decay")) for group in groups for p in group["params"]}
+            stale = [name for name, w, t in pairs if id(w) in held and t.requires_grad and id(t) not in held]
+            if stale:
+                raise IksError(_stale_message(optimizer, stale))
+            decays = any(held.get(id(t), False) for _, _, t in pairs)
+            seen = self._seen[optimizer] = (signature, bool(pairs) and id(pairs[0][2]) in held, decays)
+        return seen[1], seen[2]
+
+    def _protect(self, optimizer: Optimizer) -> None:
+        """For the length of one step, move the decayed thresholds into a group of their own without decay.
+
+        Whatever form of decay the optimizer has does not touch them so, while its groups look the same as ever to
+        learning-rate schedulers and in its state dict.
+        """
+        if not self._warned_of_decay:
+            self._warned_of_decay = True
+            warnings.warn(
+                f"{type(optimizer).__name__} has weight decay on the thresholds, which would pull them towards 0 and "
+                "close the gates of whole layers: the decay is kept off them at every step. To be rid of this warning, "
+                "build the optimizer from controller.param_groups() instead of model.parameters()",
+                IksWarning,
+                stacklevel=5,
+            )
+        thresholds = {id(t) for _, _, t in self._pairs()}
+        groups = optimizer.param_groups
+        self._unprotected[optimizer] = [group["params"] for group in groups]
+        for group in list(groups):
+            mine = [p for p in group["params"] if id(p) in thresholds]
+            if mine and group.get("weight_decay"):
+                group["params"] = [p for p in group["params"] if id(p) not in thresholds]
+                groups.append({**group, "params": mine, "weight_decay": 0.0})
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        original = self._unprotected.pop(optimizer, None)
+        if original is not None:
+            del optimizer.param_groups[len(original) :]
+            for group, params in zip(optimizer.param_groups, original, strict=True):
+                group["params"] = params
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watcher in list(_watchers):
+        watcher.before_step(optimizer)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watcher in list(_watchers):
+        watcher.after_step(optimizer)
+
+
+def _stale_message(optimizer: Optimizer, stale: list[str]) -> str:
+    names = ", ".join(name or "the model itself" for name in stale[:3]) + (", ..." if len(stale) > 3 else "")
+    return (
+        f"{type(optimizer).__name__} holds the weights but not the thresholds of {len(stale)} rewritten layers ({names}): "
+        "it was built before sparsify, or without the thresholds. Build it after sparsify, from model.parameters() or "
+        "controller.param_groups(), or add what is missing: "
+        "optimizer.add_param_group(controller.param_groups()[1]). Nothing has been changed by this step"
+    )

@@ -1,0 +1,192 @@
+"""Every option of `sparsify`, checked in one place, so that no part of a model changes for options that are wrong."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+from torch import nn
+
+from .errors import OptionError
+from .layers import CONVOLUTIONS, GRANULARITIES, SUPPORTED_TYPES
+from .laws import LAWS
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of one rewrite. `Options.check` makes them from what a user gave."""
+
+    target_sparsity: float
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+    layer_types: tuple[type[nn.Module], ...]
+    granularity: str
+    law: str
+    total_steps: int | None
+    ramp_steps: int | None
+    epoch_steps: int | None
+    interval: int | None
+    threshold_init: float
+
+    @staticmethod
+    def check(
+        *,
+        target_sparsity: Any,
+        max_bytes: Any,
+        include: Any,
+        exclude: Any,
+        layer_types: Any,
+        granularity: Any,
+        law: Any,
+        total_steps: Any,
+        ramp_steps: Any,
+        epoch_steps: Any,
+        interval: Any,
+        threshold_init: Any,
+        unknown: dict[str, Any],
+    ) -> Options:
+        """Raise an `OptionError` that names the offending option, or return all of them in their final types."""
+        known = {field.name for field in fields(Options)} | {"max_bytes"}
+        for name in unknown:
+            raise OptionError(f"sparsify has no option {name!r}{_did_you_mean(name, known)}")
+        _check_goal(target_sparsity, max_bytes)
+        _check_choice("granularity", granularity, GRANULARITIES)
+        _check_choice("law", law, tuple(LAWS))
+        if law == "paper":
+            if ramp_steps is not None:
+                raise OptionError("ramp_steps belongs to law='exact'; the law 'paper' has no ramp: leave it out")
+            if epoch_steps is None and interval is None:
+                raise OptionError(
+                    "law='paper' acts every 10 epochs and must know their length: "
+                    "give epoch_steps, the optimizer steps of one epoch (or interval, the steps between two actions)"
+                )
+        elif epoch_steps is not None:
+            raise OptionError("epoch_steps belongs to law='paper'; the law 'exact' counts steps alone: leave it out")
+        counts = {
+            name: _check_count(name, value)
+            for name, value in (
+                ("total_steps", total_steps),
+                ("ramp_steps", ramp_steps),
+                ("epoch_steps", epoch_steps),
+                ("interval", interval),
+            )
+        }
+        if total_steps is not None and ramp_steps is not None and ramp_steps > total_steps:
+            raise OptionError(
+                f"ramp_steps must be at most total_steps ({total_steps}), got {ramp_steps}: "
+                "the target would not be reached within the training"
+            )
+        return Options(
+            target_sparsity=check_sparsity(target_sparsity),
+            include=None if include is None else _check_patterns("include", include),
+            exclude=_check_patterns("exclude", exclude),
+            layer_types=_check_layer_types(layer_types),
+            granularity=granularity,
+            law=law,
+            threshold_init=_check_threshold_init(threshold_init),
+            **counts,
+        )
+
+
+def check_sparsity(value: Any, name: str = "target_sparsity") -> float:
+    """`value` as a float in [0, 1), or an `OptionError`."""
+    expected = f"{name} must be a number in [0, 1)"
+    if isinstance(value, str):
+        raise OptionError(f"{expected}, got the text {value!r}: write it without quotes")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise OptionError(f"{expected}, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if math.isnan(number):
+        raise OptionError(f"{expected}, got nan: give the fraction of weights that are to become zero, such as 0.9")
+    if 1 < number < 100:
+        raise OptionError(f"{expected}, got {value}: did you mean {number / 100:g}?")
+    if not 0 <= number < 1:
+        why = " (1.0 would leave no weight at all)" if number == 1 else ""
+        raise OptionError(
+            f"{expected}, got {value}{why}: give the fraction of weights that are to become zero, such as 0.9"
+        )
+    return number
+
+
+def near_misses(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of the `known` names that `name` may have been meant to be, best first."""
+    names = sorted(known)
+    matches = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return matches or [other for other in names if name and name.strip("*") and name.strip("*") in other][:3]
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = near_misses(name, known)
+    if near:
+        return f": did you mean {' or '.join(map(repr, near))}?"
+    return f": expected one of {', '.join(map(repr, known))}"
+
+
+def _check_goal(target_sparsity: Any, max_bytes: Any) -> None:
+    if target_sparsity is None and max_bytes is None:
+        raise OptionError("sparsify needs a goal, got none: give target_sparsity, such as sparsify(model, 0.9)")
+    if target_sparsity is not None and max_bytes is not None:
+        raise OptionError(
+            f"target_sparsity ({target_sparsity!r}) and max_bytes ({max_bytes!r}) exclude each other: give only one"
+        )
+    if max_bytes is not None:
+        raise OptionError(
+            f"max_bytes ({max_bytes!r}) needs the compact file format, which this version does not have yet: "
+            "give target_sparsity instead"
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        near = near_misses(value, choices) if isinstance(value, str) else []
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"{name} must be one of {listed}, got {value!r}{hint}")
+
+
+def _check_count(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise OptionError(f"{name} must be a number of optimizer steps, a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def _check_patterns(name: str, value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
+        raise OptionError(f"{name} must be a shell pattern over module names or a list of them, got {value!r}")
+    if name == "include" and not patterns:
+        raise OptionError("include must hold at least one pattern, got none: leave it out to use the default scope")
+    return tuple(patterns)
+
+
+def _check_layer_types(value: Any) -> tuple[type[nn.Module], ...]:
+    if value is None:
+        return CONVOLUTIONS
+    by_name = {cls.__name__: cls for cls in SUPPORTED_TYPES}
+    items = (value,) if isinstance(value, (str, type)) else value
+    if not isinstance(items, (list, tuple, set, frozenset)) or not items:
+        raise OptionError(f"layer_types must be a list of layer classes or their names, got {value!r}")
+    types = []
+    for item in items:
+        cls = by_name.get(item) if isinstance(item, str) else item
+        if not isinstance(cls, type) or not issubclass(cls, SUPPORTED_TYPES):
+            given = item.__name__ if isinstance(item, type) else str(item)
+            raise OptionError(f"layer_types cannot hold {given!r}{_did_you_mean(given, by_name)}")
+        types.append(cls)
+    return tuple(types)
+
+
+def _check_threshold_init(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not -60 <= float(value) < 0:
+        raise OptionError(
+            f"threshold_init must be a number in [-60, 0), got {value!r}: "
+            "training starts with sigmoid(threshold_init) taken off every weight, 6e-6 at the default of -12"
+        )
+    return float(value)

@@ -1,0 +1,200 @@
+"""The two changes to a user's model: `sparsify` puts gates before its convolutions, `finalize` takes them out again.
+
+Both check everything first and change the model afterwards, so a call that fails leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .control import SparsityController, controllers_of
+from .errors import IksError, IksWarning
+from .laws import count_for, project
+from .layers import Gated, GateSettings, Goal, gated_layers, new_threshold, open_gate, remove_gate
+from .measure import all_shifts, unique, zeros_in
+from .options import Options, check_sparsity
+from .selection import select
+
+FAR = 0.01
+"""A projection that changes more than this share of the weights is worth a warning."""
+
+LEFT_ALONE = "_iks_left_alone"
+"""Attribute, a plain string, that tells on a module why it was not rewritten."""
+REWRITTEN = "_iks_rewritten"
+"""Attribute, True, of the layers that were rewritten; it stays after `finalize`, for the report."""
+
+
+def sparsify(
+    model: nn.Module,
+    target_sparsity: float | None = None,
+    *,
+    max_bytes: int | str | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    layer_types: Iterable[type[nn.Module] | str] | None = None,
+    granularity: str = "weight",
+    law: str = "exact",
+    total_steps: int | None = None,
+    ramp_steps: int | None = None,
+    epoch_steps: int | None = None,
+    interval: int | None = None,
+    threshold_init: float = -12.0,
+    **unknown: Any,
+) -> SparsityController:
+    """Rewrite `model` in place so that it becomes sparse while it trains.
+
+    Call it before the optimizer is built and before the model is wrapped for distributed training; then train as
+    ever. The returned controller steps itself with the optimizer and need not be kept.
+
+    Args:
+        model: any module; its convolutions get gates and keep their weights, names, hooks and everything else.
+        target_sparsity: the fraction of the rewritten layers' weights that shall be zero, in [0, 1).
+        max_bytes: the size that the compact file may have (not available yet).
+        include: shell patterns over qualified module names; only matching layers are rewritten. A pattern that
+            matches a container covers all layers in it. Default: every layer of `layer_types` but those that face
+            the image (4 channels or fewer in or out).
+        exclude: shell patterns of layers to leave alone.
+        layer_types: layer classes or their names; default all convolutions (1d, 2d, 3d and transposed). "Linear" on
+            request.
+        granularity: what shares a threshold: "weight" (each has its own), "kernel" (a k x k slice), "filter" (an
+            output channel) or "layer". Zeros are single weights with any of them.
+        law: "exact" reaches the target exactly along a cubic ramp; "paper" is the published law.
+        total_steps: optimizer steps of the whole training, counted from now. The ramp then takes 60 % of them.
+        ramp_steps: law "exact": length of the ramp in steps; default 1000 where `total_steps` is not given.
+        epoch_steps: law "paper": optimizer steps of one epoch.
+        interval: steps between two actions of the law; default 10 ("exact") or 10 epochs ("paper").
+        threshold_init: where thresholds start, in [-60, 0); -12 takes 6e-6 off each weight.
+
+    Returns:
+        The controller: `.sparsity`, `.target_sparsity`, `.state_dict()` and so on.
+
+    Raises:
+        OptionError: an option has a wrong name, type or value, or a pattern matches nothing.
+        IksError: the model cannot be rewritten: the message says why and what to do. It is unchanged.
+    """
+    options = Options.check(
+        target_sparsity=target_sparsity,
+        max_bytes=max_bytes,
+        include=include,
+        exclude=exclude,
+        layer_types=layer_types,
+        granularity=granularity,
+        law=law,
+        total_steps=total_steps,
+        ramp_steps=ramp_steps,
+        epoch_steps=epoch_steps,
+        interval=interval,
+        threshold_init=threshold_init,
+        unknown=unknown,
+    )
+    selection = select(model, options)
+    goal = Goal(options.target_sparsity)
+    settings = GateSettings(options.granularity, options.threshold_init, goal)
+    thresholds: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in selection.chosen.values():
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        if weight not in thresholds:  # tied weights share one threshold
+            thresholds[weight] = new_threshold(layer, settings)
+
+    for module in model.modules():
+        module.__dict__.pop(REWRITTEN, None)
+        module.__dict__.pop(LEFT_ALONE, None)
+    for module, reason in selection.left_alone.values():
+        module.__dict__[LEFT_ALONE] = reason
+    for layer in selection.chosen.values():
+        open_gate(layer, thresholds[layer._parameters["weight"]], settings)  # type: ignore[index]
+        layer.__dict__[REWRITTEN] = True
+    return SparsityController(model, gated_layers(model), goal, options)
+
+
+def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Module:
+    """Make `model` plain again, in place: its original module types and state-dict keys, and exactly the target's zeros.
+
+    The weights of the rewritten layers become the gated ones, of which round(target * weights) are zero over all
+    rewritten layers together. Where training has reached that already, the output does not change by a bit.
+
+    Args:
+        model: a rewritten model, or a copy of one such as an EMA model, on its own or within a wrapper.
+        target_sparsity: any other fraction in [0, 1) than the one trained for; 0 gives the weights before the gate.
+
+    Returns:
+        The same object.
+
+    Raises:
+        OptionError: the target is not in [0, 1).
+        IksError: the model is not rewritten, only a part of a rewritten model, or its weights are not finite. It is
+            unchanged.
+
+    Warns:
+        IksWarning: training ended far from the target, or cannot have reached it.
+    """
+    target = None if target_sparsity is None else check_sparsity(target_sparsity)
+    layers = gated_layers(model)
+    if not layers:
+        raise IksError("the model is not rewritten: it has no sparse layers. Call iks_plugin.sparsify before finalize")
+    controllers = controllers_of(layers.values())
+    for controller in controllers:
+        if not controller.drives_only(layers.values()):
+            raise IksError("this is only a part of a rewritten model, and the target counts over all of it: finalize that")
+    projected = projected_weights(layers, target)
+
+    for controller in controllers:
+        controller.detach()
+    with torch.no_grad():
+        for layer, weight in projected.items():
+            layer.raw_weight.copy_(weight)
+    for layer in layers.values():
+        remove_gate(layer)
+    return model
+
+
+@torch.no_grad()
+def projected_weights(layers: dict[str, Gated], target_sparsity: float | None = None) -> dict[Gated, Tensor]:
+    """The gated weights of `layers` with exactly round(target * weights) zeros; the layers stay as they are.
+
+    Layers that were rewritten together reach their target together; of layers that share a weight only the first is
+    in the result. `target_sparsity` None means each goal's own.
+    """
+    by_goal: dict[Goal, dict[str, Gated]] = {}
+    for name, layer in unique(layers).items():
+        by_goal.setdefault(layer._iks.goal, {})[name] = layer
+    result: dict[Gated, Tensor] = {}
+    for goal, members in by_goal.items():
+        target = goal.target_sparsity if target_sparsity is None else target_sparsity
+        shifts = all_shifts(members)
+        gated = [layer.weight for layer in members.values()]
+        raw = [layer.raw_weight.detach() for layer in members.values()]
+        zeros = count_for(target, shifts.numel())
+        projected = project(gated, raw, shifts, zeros) if zeros else raw
+        if target_sparsity is None:
+            _warn_if_far(zeros_in(gated), zeros, shifts.numel())
+        _warn_if_short(zeros_in(projected), zeros)
+        result.update(zip(members.values(), projected, strict=True))
+    return result
+
+
+def _warn_if_far(reached: int, zeros: int, weights: int) -> None:
+    if abs(reached - zeros) > FAR * weights:
+        warnings.warn(
+            f"training ended at {reached / weights:.1%} zeros, and the target is {zeros / weights:.1%}: to meet it, "
+            f"{abs(zeros - reached):,} of {weights:,} weights are changed without training, which costs quality. "
+            "Train longer, or pass total_steps (or a shorter ramp_steps) to sparsify",
+            IksWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_if_short(reached: int, zeros: int) -> None:
+    if reached > zeros:
+        warnings.warn(
+            f"{reached - zeros:,} more weights are zero than the target asks for: they were zero before the gate and "
+            "have no value to come back to",
+            IksWarning,
+            stacklevel=4,
+        )
