@@ -42,7 +42,9 @@ def select(model: nn.Module, options: Options) -> Selection:
     chosen: dict[str, nn.Module] = {}
     left_alone: dict[str, tuple[nn.Module, str]] = {}
     for name, (module, known_as) in layers.items():
-        reason = _out_of_scope(module, known_as, options) or _unfit(name, module, options)
+        reason = _out_of_scope(module, known_as, options) or _unfit(name, module)
+        if reason is None and options.include is None:
+            reason = _faces_image(module)
         if reason is None:
             chosen[name] = module
         else:
@@ -119,10 +121,12 @@ def _out_of_scope(module: nn.Module, known_as: list[str], options: Options) -> s
     for pattern in options.exclude:
         if _matches(pattern, known_as):
             return f"excluded by {pattern!r}"
-    if options.include is not None:
-        if not any(_matches(pattern, known_as) for pattern in options.include):
-            return "not in include"
-        return None
+    if options.include is not None and not any(_matches(pattern, known_as) for pattern in options.include):
+        return "not in include"
+    return None
+
+
+def _faces_image(module: nn.Module) -> str | None:
     channels_in, channels_out = getattr(module, "in_channels", None), getattr(module, "out_channels", None)
     if channels_in is not None and channels_in <= IMAGE_CHANNELS:
         return f"faces the image: {channels_in} input channels"
@@ -131,7 +135,7 @@ def _out_of_scope(module: nn.Module, known_as: list[str], options: Options) -> s
     return None
 
 
-def _unfit(name: str, module: nn.Module, options: Options) -> str | None:
+def _unfit(name: str, module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "parametrised: its weight is computed from other parameters"

@@ -1,0 +1,88 @@
+"""Every wrong option is refused by name, with what is expected, and the model stays as it was."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import toys
+import torch
+from torch import nn
+
+import iks_plugin
+from iks_plugin import IksError, OptionError
+
+WRONG = {
+    "percent": (dict(target_sparsity=80), r"target_sparsity must be a number in \[0, 1\), got 80: did you mean 0.8\?"),
+    "hundreds": (dict(target_sparsity=800), r"in \[0, 1\), got 800: give the fraction"),
+    "negative": (dict(target_sparsity=-0.1), r"in \[0, 1\), got -0.1"),
+    "all": (dict(target_sparsity=1.0), "got 1.0 .1.0 would leave no weight at all"),
+    "nan": (dict(target_sparsity=math.nan), "got nan: give the fraction"),
+    "text": (dict(target_sparsity="0.8"), "got the text '0.8': write it without quotes"),
+    "true": (dict(target_sparsity=True), "got True of type bool"),
+    "list": (dict(target_sparsity=[0.8]), r"got \[0.8\] of type list"),
+    "no goal": ({}, "needs a goal, got none: give target_sparsity"),
+    "two goals": (dict(target_sparsity=0.8, max_bytes="500KB"), "exclude each other: give only one"),
+    "budget": (dict(max_bytes="500KB"), "needs the compact file format, which this version does not have yet"),
+    "granularity": (dict(target_sparsity=0.8, granularity="kernels"), "one of 'weight', .*got 'kernels': did you mean 'kernel'"),
+    "law": (dict(target_sparsity=0.8, law="exakt"), "law must be one of 'exact', 'paper', got 'exakt': did you mean 'exact'"),
+    "law type": (dict(target_sparsity=0.8, law=3), "law must be one of 'exact', 'paper', got 3"),
+    "unknown": (dict(target_sparsity=0.8, granularty="kernel"), "no option 'granularty': did you mean 'granularity'"),
+    "unknown, no hint": (dict(target_sparsity=0.8, zzz=1), "no option 'zzz': expected one of 'epoch_steps', "),
+    "steps": (dict(target_sparsity=0.8, total_steps=0), "total_steps must be a number of optimizer steps.*got 0"),
+    "float steps": (dict(target_sparsity=0.8, ramp_steps=10.0), "ramp_steps must be a number of optimizer steps.*got 10.0"),
+    "long ramp": (dict(target_sparsity=0.8, total_steps=5, ramp_steps=6), r"ramp_steps must be at most total_steps \(5\), got 6"),
+    "epochs for exact": (dict(target_sparsity=0.8, epoch_steps=10), "epoch_steps belongs to law='paper'"),
+    "ramp for paper": (dict(target_sparsity=0.8, law="paper", epoch_steps=1, ramp_steps=1), "ramp_steps belongs to law='exact'"),
+    "no epochs": (dict(target_sparsity=0.8, law="paper"), "law='paper' acts every 10 epochs.*give epoch_steps"),
+    "init": (dict(target_sparsity=0.8, threshold_init=0), r"threshold_init must be a number in \[-60, 0\), got 0"),
+    "include type": (dict(target_sparsity=0.8, include=3), "include must be a shell pattern.*got 3"),
+    "include nothing": (dict(target_sparsity=0.8, include=[]), "include must hold at least one pattern, got none"),
+    "exclude type": (dict(target_sparsity=0.8, exclude=[nn.Conv2d]), "exclude must be a shell pattern"),
+    "layer name": (dict(target_sparsity=0.8, layer_types=["Conv2"]), "layer_types cannot hold 'Conv2': did you mean 'Conv2d'"),
+    "layer class": (dict(target_sparsity=0.8, layer_types=[nn.ReLU]), "layer_types cannot hold 'ReLU'"),
+    "layer types": (dict(target_sparsity=0.8, layer_types=7), "layer_types must be a list of layer classes or their names, got 7"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_options_are_refused_and_nothing_changes(options, message):
+    model = toys.plain_sr()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(OptionError, match=message) as caught:
+        iks_plugin.sparsify(model, **options)
+    assert isinstance(caught.value, IksError) and isinstance(caught.value, ValueError)
+    assert toys.states_equal(dict(model.state_dict()), before)
+    assert all(type(layer) in (nn.Conv2d, nn.ReLU) and "threshold" not in layer._parameters for layer in model)
+
+
+@pytest.mark.parametrize("target", [0, 0.0, 0.5, np.float32(0.5), np.float64(0.999), 0.9999])
+def test_numbers_of_every_kind_are_targets(target):
+    controller = iks_plugin.sparsify(toys.plain_sr(), target)
+    assert controller.target_sparsity == float(target) and type(controller.target_sparsity) is float
+
+
+@pytest.mark.parametrize("types", ["Conv2d", nn.Conv2d, ["Conv2d", nn.Linear], (nn.Conv2d,)])
+def test_layer_types_by_class_or_name(types):
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5, layer_types=types)
+    assert type(model[2]).__name__ == "SparseConv2d"
+
+
+@pytest.mark.parametrize("call", [lambda c: setattr(c, "target_sparsity", 80), lambda c: setattr(c, "target_sparsity", "0.8")])
+def test_a_wrong_new_target_leaves_the_old_one(call):
+    controller = iks_plugin.sparsify(toys.plain_sr(), 0.5)
+    with pytest.raises(OptionError, match="target_sparsity must be a number"):
+        call(controller)
+    assert controller.target_sparsity == 0.5
+
+
+def test_finalize_refuses_a_wrong_target():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(OptionError, match="did you mean 0.9"):
+        iks_plugin.finalize(model, 90)
+    assert toys.states_equal(dict(model.state_dict()), before)
+    assert not torch.equal(model[2].weight, model[2].raw_weight)
