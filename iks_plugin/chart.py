@@ -81,9 +81,10 @@ def _patch(color: str, label: str) -> object:
 
 def _title(report: Report) -> str:
     kept = report.weights - report.zeros
+    whole = f"{report.model_zeros:,} of {report.model_weights:,} parameters are zero ({report.model_sparsity:.1%})"
     return (
         f"{report.zeros:,} of {report.weights:,} weights of the rewritten layers are zero, {kept:,} are kept\n"
-        f"whole model: {report.model_zeros:,} of {report.model_weights:,} parameters are zero ({report.model_sparsity:.1%})"
+        f"whole model: {whole}"
     )
 
 

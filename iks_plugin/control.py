@@ -47,6 +47,7 @@ class SparsityController:
         self._start: float | None = None
         self._watcher = OptimizerWatcher(self._watched, self.step)
         self._watcher.start()
+        weakref.finalize(model, self._watcher.stop)
         _controllers[model] = self
 
     @property
@@ -163,6 +164,12 @@ class SparsityController:
                     "rewrite the model with the options of the run that saved the state"
                 )
         target = check_sparsity(state["target_sparsity"], "target_sparsity in the controller state")
+        for key, kind in (("steps", int), ("start_sparsity", float), *((name, int) for name in _LAW_FIELDS)):
+            if type(state[key]) not in (kind, type(own[key])):
+                raise IksError(
+                    f"controller state: {key} expected {kind.__name__}, got {state[key]!r}: the state is damaged, "
+                    "take the one of another checkpoint"
+                )
         law = type(self._law)(**{name: state[name] for name in _LAW_FIELDS if hasattr(self._law, name)})
         self._goal.target_sparsity = target
         self._law = law
@@ -190,7 +197,11 @@ class SparsityController:
             change(layer.threshold)
 
     def _layers_alive(self) -> dict[str, nn.Module]:
-        layers = {name: layer for name, reference in self._layers.items() if (layer := reference()) is not None}
+        layers: dict[str, nn.Module] = {}
+        for name, reference in self._layers.items():
+            layer = reference()
+            if layer is not None:
+                layers[name] = layer
         if not layers:
             raise IksError(_GONE)
         return layers

@@ -28,7 +28,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
         A tensor of the shape, dtype and memory format of `weight`. The arithmetic is float32 at least, also under
         autocast and for half-precision weights. Differentiable in both arguments, twice as well.
     """
-    gated: Tensor = _SoftThreshold.apply(weight, threshold)  # type: ignore[no-untyped-call]
+    gated: Tensor = _SoftThreshold.apply(weight, threshold)
     return gated
 
 
@@ -40,7 +40,7 @@ class _SoftThreshold(torch.autograd.Function):
     """Saves only its inputs, which live anyway, so the gate costs no memory between forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
         ctx.save_for_backward(weight, threshold)
         precise = _at_least_float32(weight)
         cut = torch.sigmoid(_at_least_float32(threshold)).to(precise.dtype)
@@ -48,7 +48,7 @@ class _SoftThreshold(torch.autograd.Function):
         return (precise - torch.clamp(precise, -cut, cut)).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         weight, threshold = ctx.saved_tensors
         precise = _at_least_float32(weight)
         cut = torch.sigmoid(_at_least_float32(threshold))

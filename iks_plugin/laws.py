@@ -157,7 +157,7 @@ def project(gated: Sequence[Tensor], raw: Sequence[Tensor], shifts: Tensor, zero
         if woken.numel():
             smallest = max(torch.finfo(g.dtype).tiny for g in gated)
             values[woken] = _woken(source[woken], shifts[woken], smallest)
-    parts = values.split([g.numel() for g in gated])
+    parts = torch.split(values, [g.numel() for g in gated])
     return [part.view_as(g).to(g) for part, g in zip(parts, gated, strict=True)]
 
 

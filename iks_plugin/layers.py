@@ -1,7 +1,7 @@
 """Convolutions whose weight passes through the gate: static subclasses, entered by swapping a module's class.
 
-`layer.weight` reads the gated weight, and `forward` stays the parent's own. So whoever reads `.weight`, the layer itself
-or a block that convolves by hand, computes with what the network will be after training. `parameters()` and
+`layer.weight` reads the gated weight, and `forward` stays the parent's own. So whoever reads `.weight`, the layer
+itself or a block that convolves by hand, computes with what the network will be after training. `parameters()` and
 `state_dict()` hold the raw `weight` and its `threshold`.
 """
 
@@ -54,7 +54,7 @@ class Gated(nn.Module):
     def raw_weight(self) -> nn.Parameter:
         """The trained weight before the gate."""
         raw = self._parameters.get("weight")
-        return self.__dict__["weight"] if raw is None else raw  # type: ignore[no-any-return]
+        return self.__dict__["weight"] if raw is None else raw
 
     def spread_threshold(self) -> Tensor:
         """The threshold in a shape that broadcasts to the weight's."""
@@ -83,13 +83,13 @@ class Gated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By the original class, because the sparse class of a third-party layer has no importable name.
-        _, _, *rest = super().__reduce_ex__(2)
-        return (_rebuild, (original_class(self),), *rest)
+        reduced: Any = super().__reduce_ex__(2)
+        return (_rebuild, (original_class(self),), *reduced[2:])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gated:
-        # Half precision has steps of 0.4 % (float16) or 6 % (bfloat16) of a cut around t = -12: too coarse for a target.
+        # Around t = -12 half precision has steps of 0.8 % (float16) or 6 % (bfloat16) of a cut: too coarse.
         precise = self.threshold.detach()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.threshold.dtype in (torch.float16, torch.bfloat16):
             self.threshold.data = precise.to(self.threshold.device)
         return self
@@ -110,7 +110,7 @@ class Gated(nn.Module):
             else:
                 *_, error_messages = reports
                 error_messages.append(self._threshold_mismatch(key, loaded))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
     def _threshold_mismatch(self, key: str, loaded: Tensor) -> str:
         raw = self.raw_weight
@@ -223,16 +223,16 @@ def open_gate(layer: nn.Module, threshold: nn.Parameter, settings: GateSettings)
 
 def remove_gate(layer: Gated) -> None:
     """Turn `layer` back into a plain module of its original class, in place; its raw weight stays as it is."""
-    layer.__class__ = original_class(layer)
+    layer.__class__ = original_class(layer)  # type: ignore[assignment]
     del layer._parameters["threshold"]
     del layer.__dict__["_iks"]
 
 
 @contextmanager
 def ungated(layer: Gated) -> Iterator[None]:
-    """While it lasts, `layer.weight` is the raw weight: for initialisation in place, which a gated weight would lose."""
+    """While it lasts, `layer.weight` is the raw weight: for initialisation in place, lost on a gated one."""
     sparse = type(layer)
-    layer.__class__ = original_class(layer)
+    layer.__class__ = original_class(layer)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -21,7 +21,8 @@ def unique(layers: Mapping[str, Gated]) -> dict[str, Gated]:
 
 
 def count_weights(layers: Iterable[nn.Module]) -> int:
-    return sum(layer._parameters["weight"].numel() for layer in layers)  # type: ignore[union-attr]
+    weights = (layer._parameters["weight"] for layer in layers)
+    return sum(weight.numel() for weight in weights if weight is not None)
 
 
 @torch.no_grad()
@@ -39,6 +40,8 @@ def count_raw_zeros(layers: Iterable[Gated]) -> int:
 def zeros_in(tensors: Iterable[Tensor]) -> int:
     """How many entries of `tensors` are exactly zero."""
     counts = [tensor.numel() - torch.count_nonzero(tensor) for tensor in tensors]
+    if not counts:
+        return 0
     return int(torch.stack([count.to(counts[0].device) for count in counts]).sum())  # one transfer for all layers
 
 

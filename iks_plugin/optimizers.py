@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.nn import Parameter
 from torch.optim.optimizer import (
     Optimizer,
@@ -33,7 +34,9 @@ class OptimizerWatcher:
         on_step: called without arguments after a step that counts.
     """
 
-    def __init__(self, pairs: Callable[[], list[tuple[str, Parameter, Parameter]]], on_step: Callable[[], None]) -> None:
+    def __init__(
+        self, pairs: Callable[[], list[tuple[str, Parameter, Parameter]]], on_step: Callable[[], None]
+    ) -> None:
         self._pairs = pairs
         self._on_step = on_step
         self._seen: weakref.WeakKeyDictionary[Optimizer, tuple[object, bool, bool]] = weakref.WeakKeyDictionary()
@@ -42,6 +45,7 @@ class OptimizerWatcher:
 
     def start(self) -> None:
         if not _hooks:
+            _keep_hooks_through_compile()
             _hooks.append(register_optimizer_step_pre_hook(_before_step))
             _hooks.append(register_optimizer_step_post_hook(_after_step))
         _watchers.add(self)
@@ -108,6 +112,21 @@ class OptimizerWatcher:
                 group["params"] = params
 
 
+def _keep_hooks_through_compile() -> None:
+    """Let step hooks outlive `torch.compile`, which in torch 2.1 and 2.2 strips them off every optimizer class.
+
+    It does so once, at its first use in a process. So have that over with now, and put the hooks back afterwards.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3):
+        return
+    from torch._dynamo.eval_frame import TorchPatcher
+
+    TorchPatcher.patch()
+    for cls in vars(torch.optim).values():
+        if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer:
+            cls.step = Optimizer.profile_hook_step(cls.step)  # type: ignore[assignment]
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for watcher in list(_watchers):
         watcher.before_step(optimizer)
@@ -121,8 +140,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _stale_message(optimizer: Optimizer, stale: list[str]) -> str:
     names = ", ".join(name or "the model itself" for name in stale[:3]) + (", ..." if len(stale) > 3 else "")
     return (
-        f"{type(optimizer).__name__} holds the weights but not the thresholds of {len(stale)} rewritten layers ({names}): "
-        "it was built before sparsify, or without the thresholds. Build it after sparsify, from model.parameters() or "
-        "controller.param_groups(), or add what is missing: "
+        f"{type(optimizer).__name__} holds the weights but not the thresholds of {len(stale)} rewritten layers "
+        f"({names}): it was built before sparsify, or without the thresholds. Build it after sparsify, from "
+        "model.parameters() or controller.param_groups(), or add what is missing: "
         "optimizer.add_param_group(controller.param_groups()[1]). Nothing has been changed by this step"
     )

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
-from .layers import CONVOLUTIONS, GRANULARITIES, SUPPORTED_TYPES
 from .laws import LAWS
+from .layers import CONVOLUTIONS, GRANULARITIES, SUPPORTED_TYPES
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,11 @@ class Report:
         lines.append("")
         if rewritten:
             lines.append(
-            f"rewritten layers ({rewritten} of {len(self.layers)}): "
-            f"{self.zeros:,} of {self.weights:,} weights are zero, {self.sparsity:.2%}{goal}"
+                f"rewritten layers ({rewritten} of {len(self.layers)}): "
+                f"{self.zeros:,} of {self.weights:,} weights are zero, {self.sparsity:.2%}{goal}"
             )
-        lines.append(
-            f"whole model: {self.model_zeros:,} of {self.model_weights:,} parameters are zero, {self.model_sparsity:.2%}"
-        )
+        whole = f"{self.model_zeros:,} of {self.model_weights:,} parameters are zero, {self.model_sparsity:.2%}"
+        lines.append(f"whole model: {whole}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> Path:
@@ -105,11 +105,15 @@ def report(model: nn.Module) -> Report:
     gated = {id(layer.raw_weight): layer for layer in gated_layers(model).values()}
     thresholds = {id(layer.threshold) for layer in gated.values()}
     goals = {layer._iks.goal.target_sparsity for layer in gated.values()}
-    parameters = [p for p in model.parameters() if id(p) not in thresholds and not isinstance(p, UninitializedParameter)]
+    parameters = [
+        p for p in model.parameters() if id(p) not in thresholds and not isinstance(p, UninitializedParameter)
+    ]
     with torch.no_grad():
         rows = [_describe(name, module) for name, module in model.named_modules() if holds_kernel(module)]
         model_zeros = zeros_in(gated[id(p)].weight if id(p) in gated else p for p in parameters)
-    rewritten = {id(module._parameters["weight"]): name for name, module in model.named_modules() if _is_rewritten(module)}
+    rewritten = {
+        id(module._parameters["weight"]): name for name, module in model.named_modules() if _is_rewritten(module)
+    }
     counted = [row for row in rows if row.name in rewritten.values()]
     return Report(
         layers=tuple(rows),
@@ -129,7 +133,9 @@ def _describe(name: str, module: nn.Module) -> LayerReport:
     weight = module._parameters.get("weight")
     if isinstance(weight, UninitializedParameter):
         return LayerReport(name, type(module).__name__, (), 0, 0, 0.0, False, "it has no weight yet")
-    effective: Tensor = module.weight  # type: ignore[assignment]
+    # A parametrised weight is read from a copy: computing it may change buffers (spectral norm in training mode).
+    source = copy.deepcopy(module) if hasattr(module, "parametrizations") else module
+    effective: Tensor = source.weight  # type: ignore[assignment]
     zeros = zeros_in([effective])
     thresholds: dict[str, float] = {}
     if isinstance(module, Gated):

@@ -114,7 +114,7 @@ def sparsify(
 
 
 def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Module:
-    """Make `model` plain again, in place: its original module types and state-dict keys, and exactly the target's zeros.
+    """Make `model` plain again, in place: original module types and state-dict keys, exactly the target's zeros.
 
     The weights of the rewritten layers become the gated ones, of which round(target * weights) are zero over all
     rewritten layers together. Where training has reached that already, the output does not change by a bit.
@@ -141,7 +141,9 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
     controllers = controllers_of(layers.values())
     for controller in controllers:
         if not controller.drives_only(layers.values()):
-            raise IksError("this is only a part of a rewritten model, and the target counts over all of it: finalize that")
+            raise IksError(
+                "this is only a part of a rewritten model, and the target counts over all of it: finalize that"
+            )
     projected = projected_weights(layers, target)
 
     for controller in controllers:

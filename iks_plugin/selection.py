@@ -37,7 +37,9 @@ def select(model: nn.Module, options: Options) -> Selection:
     _check_model(model)
     names = _names_of(model)
     layers = {known_as[0]: (module, known_as) for module, known_as in names.items() if holds_kernel(module)}
-    _check_patterns(options, [known_as for module, known_as in layers.values() if isinstance(module, options.layer_types)])
+    _check_patterns(
+        options, [known_as for module, known_as in layers.values() if isinstance(module, options.layer_types)]
+    )
 
     chosen: dict[str, nn.Module] = {}
     left_alone: dict[str, tuple[nn.Module, str]] = {}
@@ -87,7 +89,8 @@ def holds_kernel(module: nn.Module) -> bool:
         return False
     weight = module.__dict__.get("weight", module._parameters.get("weight"))
     if "weight" in getattr(module, "parametrizations", ()):
-        weight = module.weight
+        # Not `module.weight`: computing it may have side effects, such as spectral norm's power iteration.
+        return any(original.ndim >= 2 for original in module.parametrizations["weight"].parameters())  # type: ignore[index,union-attr]
     return isinstance(weight, UninitializedParameter) or (isinstance(weight, Tensor) and weight.ndim >= 2)
 
 
@@ -192,7 +195,9 @@ def _shape_of_threshold(module: nn.Module, granularity: str) -> tuple[int, ...]:
 def _nothing_chosen(left_alone: dict[str, tuple[nn.Module, str]]) -> str:
     if not left_alone:
         return "the model has no layers to make sparse: it holds no convolution (and no linear layer)"
-    reasons = "\n".join(f"  {name or 'the model itself'}: {reason}" for name, (_, reason) in list(left_alone.items())[:20])
+    reasons = "\n".join(
+        f"  {name or 'the model itself'}: {reason}" for name, (_, reason) in list(left_alone.items())[:20]
+    )
     more = f"\n  ... and {len(left_alone) - 20} more" if len(left_alone) > 20 else ""
     return (
         f"the model has no layer that can be made sparse. Left alone were:\n{reasons}{more}\n"

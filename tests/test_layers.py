@@ -6,11 +6,11 @@ import copy
 import pickle
 
 import pytest
-import toys
 import torch
 from torch import nn
 
 import iks_plugin
+import toys
 from iks_plugin.gate import soft_threshold
 from iks_plugin.layers import SUPPORTED_TYPES, Gated, gated_layers, ungated
 

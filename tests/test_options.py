@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-import toys
 import torch
 from torch import nn
 
 import iks_plugin
+import toys
 from iks_plugin import IksError, OptionError
 
 WRONG = {
@@ -25,24 +25,45 @@ WRONG = {
     "no goal": ({}, "needs a goal, got none: give target_sparsity"),
     "two goals": (dict(target_sparsity=0.8, max_bytes="500KB"), "exclude each other: give only one"),
     "budget": (dict(max_bytes="500KB"), "needs the compact file format, which this version does not have yet"),
-    "granularity": (dict(target_sparsity=0.8, granularity="kernels"), "one of 'weight', .*got 'kernels': did you mean 'kernel'"),
-    "law": (dict(target_sparsity=0.8, law="exakt"), "law must be one of 'exact', 'paper', got 'exakt': did you mean 'exact'"),
+    "granularity": (
+        dict(target_sparsity=0.8, granularity="kernels"),
+        "one of 'weight', .*got 'kernels': did you mean 'kernel'",
+    ),
+    "law": (
+        dict(target_sparsity=0.8, law="exakt"),
+        "law must be one of 'exact', 'paper', got 'exakt': did you mean 'exact'",
+    ),
     "law type": (dict(target_sparsity=0.8, law=3), "law must be one of 'exact', 'paper', got 3"),
     "unknown": (dict(target_sparsity=0.8, granularty="kernel"), "no option 'granularty': did you mean 'granularity'"),
     "unknown, no hint": (dict(target_sparsity=0.8, zzz=1), "no option 'zzz': expected one of 'epoch_steps', "),
     "steps": (dict(target_sparsity=0.8, total_steps=0), "total_steps must be a number of optimizer steps.*got 0"),
-    "float steps": (dict(target_sparsity=0.8, ramp_steps=10.0), "ramp_steps must be a number of optimizer steps.*got 10.0"),
-    "long ramp": (dict(target_sparsity=0.8, total_steps=5, ramp_steps=6), r"ramp_steps must be at most total_steps \(5\), got 6"),
+    "float steps": (
+        dict(target_sparsity=0.8, ramp_steps=10.0),
+        "ramp_steps must be a number of optimizer steps.*got 10.0",
+    ),
+    "long ramp": (
+        dict(target_sparsity=0.8, total_steps=5, ramp_steps=6),
+        r"ramp_steps must be at most total_steps \(5\), got 6",
+    ),
     "epochs for exact": (dict(target_sparsity=0.8, epoch_steps=10), "epoch_steps belongs to law='paper'"),
-    "ramp for paper": (dict(target_sparsity=0.8, law="paper", epoch_steps=1, ramp_steps=1), "ramp_steps belongs to law='exact'"),
+    "ramp for paper": (
+        dict(target_sparsity=0.8, law="paper", epoch_steps=1, ramp_steps=1),
+        "ramp_steps belongs to law='exact'",
+    ),
     "no epochs": (dict(target_sparsity=0.8, law="paper"), "law='paper' acts every 10 epochs.*give epoch_steps"),
     "init": (dict(target_sparsity=0.8, threshold_init=0), r"threshold_init must be a number in \[-60, 0\), got 0"),
     "include type": (dict(target_sparsity=0.8, include=3), "include must be a shell pattern.*got 3"),
     "include nothing": (dict(target_sparsity=0.8, include=[]), "include must hold at least one pattern, got none"),
     "exclude type": (dict(target_sparsity=0.8, exclude=[nn.Conv2d]), "exclude must be a shell pattern"),
-    "layer name": (dict(target_sparsity=0.8, layer_types=["Conv2"]), "layer_types cannot hold 'Conv2': did you mean 'Conv2d'"),
+    "layer name": (
+        dict(target_sparsity=0.8, layer_types=["Conv2"]),
+        "layer_types cannot hold 'Conv2': did you mean 'Conv2d'",
+    ),
     "layer class": (dict(target_sparsity=0.8, layer_types=[nn.ReLU]), "layer_types cannot hold 'ReLU'"),
-    "layer types": (dict(target_sparsity=0.8, layer_types=7), "layer_types must be a list of layer classes or their names, got 7"),
+    "layer types": (
+        dict(target_sparsity=0.8, layer_types=7),
+        "layer_types must be a list of layer classes or their names, got 7",
+    ),
 }
 
 
@@ -70,7 +91,9 @@ def test_layer_types_by_class_or_name(types):
     assert type(model[2]).__name__ == "SparseConv2d"
 
 
-@pytest.mark.parametrize("call", [lambda c: setattr(c, "target_sparsity", 80), lambda c: setattr(c, "target_sparsity", "0.8")])
+@pytest.mark.parametrize(
+    "call", [lambda c: setattr(c, "target_sparsity", 80), lambda c: setattr(c, "target_sparsity", "0.8")]
+)
 def test_a_wrong_new_target_leaves_the_old_one(call):
     controller = iks_plugin.sparsify(toys.plain_sr(), 0.5)
     with pytest.raises(OptionError, match="target_sparsity must be a number"):

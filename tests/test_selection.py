@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import toys
 import torch
 from torch import nn
 
 import iks_plugin
+import toys
 from iks_plugin import IksError, OptionError
 from iks_plugin.layers import gated_layers
 
@@ -31,6 +31,7 @@ def test_every_layer_that_is_left_alone_has_its_reason():
         "tail": "faces the image: 4 output channels",
         "frozen": "frozen: its weight does not require gradients",
         "normed": "parametrised: its weight is computed from other parameters",
+        "spectral": "parametrised: its weight is computed from other parameters",
         "old_spectral": "parametrised: its weight is computed from other parameters",
         "zero": "all zero: under a soft threshold a zero weight would never get a gradient",
         "unwanted": "excluded by 'unwanted'",
@@ -73,7 +74,10 @@ def test_what_include_leaves_out_says_so():
     ("options", "message"),
     [
         ({"include": "bodi.*"}, r"include pattern 'bodi.\*' matches none .*near misses: 'body"),
-        ({"exclude": ["body", "body.block3"]}, r"exclude pattern 'body.block3' matches none .*near misses: 'body.block"),
+        (
+            {"exclude": ["body", "body.block3"]},
+            r"exclude pattern 'body.block3' matches none .*near misses: 'body.block",
+        ),
         ({"include": "fc"}, "include pattern 'fc' matches none of the model's 9 layers of the chosen layer_types"),
         ({"include": "zzzz"}, r"matches none .*the first are \['body.block1.0'"),
     ],
@@ -89,10 +93,16 @@ def test_patterns_that_match_nothing_are_refused_with_the_near_misses(options, m
     ("make", "message"),
     [
         (lambda: nn.Sequential(nn.ReLU()), "it holds no convolution"),
-        (lambda: nn.Sequential(nn.Linear(8, 8)), r"(?s)0: unsupported type: Linear.*layer_types=\['Conv2d', 'Linear'\]"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 8)),
+            r"(?s)0: unsupported type: Linear.*layer_types=\['Conv2d', 'Linear'\]",
+        ),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), "(?s)0: faces the image: 3 input channels.*Change include"),
         (lambda: nn.Sequential(*(nn.Conv2d(3, 8, 3) for _ in range(25))), "and 5 more"),
-        (lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.LazyConv2d(8, 3)), "'1' .LazyConv2d. has no weight yet: run the model once"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.LazyConv2d(8, 3)),
+            "'1' .LazyConv2d. has no weight yet: run the model once",
+        ),
         (lambda: nn.Conv2d(8, 8, 3, device="meta"), "is on the meta device: load its weights"),
         (lambda: 3, "expects a torch.nn.Module, got int"),
     ],

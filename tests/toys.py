@@ -58,6 +58,9 @@ class DefinesWeightItself(nn.Conv2d):
     def weight(self, value: Tensor) -> None:
         self.register_parameter("weight", value)
 
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self._parameters["weight"])
+
 
 class TiedConvs(nn.Module):
     """Two layers that hold one and the same weight."""
@@ -95,6 +98,7 @@ class LeftAlone(nn.Module):
         self.good = nn.Conv2d(8, 8, 3)
         self.frozen = nn.Conv2d(8, 8, 3).requires_grad_(False)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3))
         self.old_spectral = nn.utils.spectral_norm(nn.Conv2d(8, 8, 3))
         self.zero = nn.Conv2d(8, 8, 3)
         nn.init.zeros_(self.zero.weight)
@@ -103,7 +107,9 @@ class LeftAlone(nn.Module):
         self.own = DefinesWeightItself(8, 8, 3)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0, channels: int = 3) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0, channels: int = 3
+) -> list[float]:
     """A plain loop on noise; returns the losses."""
     generator = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
@@ -133,7 +139,9 @@ def states_equal(one: object, other: object) -> bool:
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(states_equal(one[k], other[k]) for k in one)
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(states_equal(one[k], other[k]) for k in one)
+        )
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(states_equal, one, other))  # type: ignore[arg-type]
     return one == other

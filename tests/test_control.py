@@ -1,0 +1,268 @@
+"""The controller in training loops: it meets the target, resumes to the bit, and says when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import iks_plugin
+import toys
+from iks_plugin import IksError
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, 1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.0),
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("target", [0.5, 0.9, 0.99])
+def test_after_the_ramp_the_target_holds_at_every_action(optimizer, target):
+    model = toys.plain_sr(24)
+    controller = iks_plugin.sparsify(model, target, ramp_steps=60, interval=5)
+    trained = optimizer(model.parameters())
+    reached = []
+    for step in range(1, 121):
+        toys.train(model, trained, 1, seed=step)
+        assert controller.steps == step
+        if step >= 60 and step % 5 == 0:
+            reached.append(controller.sparsity)
+    assert all(abs(sparsity - target) <= 0.001 for sparsity in reached) and len(reached) == 13
+
+
+def test_the_sparsity_rises_along_the_ramp():
+    model = toys.plain_sr(24)
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=40, interval=1)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(1, 41):
+        toys.train(model, optimizer, 1, seed=step)
+        assert controller.sparsity == pytest.approx(0.8 * (1 - (1 - step / 40) ** 3), abs=0.001)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "layer"])
+@pytest.mark.parametrize("law", [{"ramp_steps": 20}, {"law": "paper", "epoch_steps": 1, "total_steps": 60}])
+def test_every_granularity_and_law_trains_without_a_line_more(granularity, law):
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.7, granularity=granularity, **law)
+    losses = toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 60)
+    assert losses[-1] < losses[0]
+    assert iks_plugin.report(model).sparsity > 0.1
+
+
+def test_the_last_of_the_total_steps_ends_at_the_target():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, total_steps=37)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 37)
+    assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"total_steps": 40}, {"law": "paper", "epoch_steps": 1, "total_steps": 60}])
+@pytest.mark.parametrize("stop", [7, 20, 33])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_resumed_run_is_the_straight_run_to_the_bit(options, stop, optimizer):
+    start = toys.plain_sr().state_dict()
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, iks_plugin.SparsityController]:
+        model = toys.plain_sr()
+        model.load_state_dict(start)
+        controller = iks_plugin.sparsify(model, 0.8, **options)
+        return model, optimizer(model.parameters()), controller
+
+    def run(model: nn.Module, trained: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            toys.train(model, trained, 1, seed=step)
+
+    straight = begin()
+    run(*straight[:2], range(45))
+    first = begin()
+    run(*first[:2], range(stop))
+    saved = [copy.deepcopy(part.state_dict()) for part in first]
+    resumed = begin()
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    run(*resumed[:2], range(stop, 45))
+    for one, other in zip(straight, resumed, strict=True):
+        assert toys.states_equal(dict(one.state_dict()), dict(other.state_dict()))
+
+
+def test_the_state_survives_torch_save_with_weights_only(tmp_path):
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8)
+    torch.save(controller.state_dict(), tmp_path / "state.pt")
+    controller.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_a_loaded_state_brings_its_target_and_schedule():
+    models = toys.plain_sr(), toys.plain_sr()
+    saved = iks_plugin.sparsify(models[0], 0.8, total_steps=40).state_dict()
+    controller = iks_plugin.sparsify(models[1], 0.5)
+    controller.load_state_dict(saved)
+    assert controller.target_sparsity == 0.8 and controller.state_dict() == saved
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"law": "paper"}, "law expected 'exact', got 'paper': rewrite the model with the options"),
+        ({"granularity": "kernel"}, "granularity expected 'weight', got 'kernel'"),
+        ({"weights": 7}, "weights expected 4608, got 7"),
+        ({"version": 99}, "version expected 1, got 99"),
+        ({"target_sparsity": 80}, "target_sparsity in the controller state must be a number in .*did you mean 0.8"),
+        ({"steps": None}, "steps expected int, got None: the state is damaged"),
+        ({"ramp_steps": "x"}, "ramp_steps expected int, got 'x': the state is damaged"),
+        (None, "expected the keys .*got none for .'granularity', 'interval'"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(change, message):
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.5)
+    before = controller.state_dict()
+    with pytest.raises(IksError, match=message):
+        controller.load_state_dict({} if change is None else {**before, **change})
+    assert controller.state_dict() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["raw_weight", "threshold"])
+@pytest.mark.parametrize("options", [{}, {"law": "paper", "interval": 10}])
+def test_weights_that_are_not_finite_stop_the_training_by_name(value, tensor, options):
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.5, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    toys.train(model, optimizer, 9)
+    with torch.no_grad():
+        getattr(model[4], tensor)[0, 0, 0, 0] = value
+    thresholds = [layer.threshold.clone() for layer in (model[2], model[4])]
+    for parameter in model.parameters():
+        parameter.grad = None
+    with pytest.raises(IksError, match=r"1 layers are not finite .4.: expected finite numbers, got nan or inf"):
+        optimizer.step()
+    assert all(
+        torch.equal(layer.threshold.nan_to_num(), old.nan_to_num())
+        for layer, old in zip((model[2], model[4]), thresholds, strict=True)
+    )
+    assert controller.steps == 10
+
+
+def test_the_dial_gives_any_sparsity_without_training():
+    model = toys.plain_sr(32)
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 40)
+    for target in (0.95, 0.5, 0.99, 0.8):
+        controller.target_sparsity = target
+        assert controller.sparsity == pytest.approx(target, abs=0.001)
+        assert iks_plugin.report(model).target_sparsity == target
+
+
+def test_a_new_target_before_the_end_of_the_ramp_moves_nothing_at_once():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+    controller.target_sparsity = 0.5
+    assert controller.sparsity < 0.01
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 20)
+    assert controller.sparsity == pytest.approx(0.5, abs=0.001)
+
+
+def test_a_model_that_is_sparse_already_is_never_driven_below_its_zeros():
+    model = toys.plain_sr()
+    with torch.no_grad():
+        for layer in (model[2], model[4]):
+            layer.weight[torch.rand_like(layer.weight) < 0.6] = 0
+    controller = iks_plugin.sparsify(model, 0.5, ramp_steps=20)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 40)
+    assert 0.55 < controller.sparsity < 0.65
+    assert all(layer.threshold.min() > -30 for layer in (model[2], model[4]))
+
+
+def test_ema_copies_know_the_target_and_are_not_driven():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(40):
+        toys.train(model, optimizer, 1, seed=step)
+        with torch.no_grad():
+            for mean, current in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(current, 0.1)
+    controller.target_sparsity = 0.7
+    iks_plugin.finalize(average)
+    assert iks_plugin.report(average).sparsity == pytest.approx(0.7, abs=1e-4)
+    assert controller.sparsity == pytest.approx(0.7, abs=1e-3) and isinstance(model[2].threshold, nn.Parameter)
+
+
+def test_the_controller_works_unheld_and_goes_away_with_its_model():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    toys.train(model, optimizer, 20)
+    assert iks_plugin.report(model).sparsity == pytest.approx(0.8, abs=1e-3)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    for _ in range(20):
+        optimizer.step()
+
+
+def test_a_held_controller_of_a_lost_model_says_so():
+    controller = iks_plugin.sparsify(toys.plain_sr(), 0.8)
+    gc.collect()
+    for call in (lambda: controller.sparsity, controller.param_groups, controller.state_dict):
+        with pytest.raises(IksError, match="the controller's model is gone: keep a reference"):
+            call()
+
+
+def test_a_finalized_model_needs_a_new_rewrite():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.5, ramp_steps=1, interval=1)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 1)
+    iks_plugin.finalize(model)
+    assert controller.sparsity == 0.5
+    with pytest.raises(IksError, match="has been finalized: rewrite it with sparsify"):
+        controller.target_sparsity = 0.9
+    assert controller.target_sparsity == 0.5
+
+
+def test_detached_it_acts_only_by_hand():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    controller.detach()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    toys.train(model, optimizer, 10)
+    assert controller.steps == 0 and controller.sparsity < 0.01
+    for _ in range(10):
+        controller.step()
+    assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_tensorboard_gets_the_total_and_each_layer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(3):
+            toys.train(model, optimizer, 10, seed=step)
+            controller.log(writer)
+        controller.log(writer, step=77)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    scalars = events.Scalars("iks/sparsity")
+    assert [event.step for event in scalars] == [10, 20, 30, 77]
+    assert scalars[-1].value == pytest.approx(0.8, abs=1e-3)
+    assert events.Scalars("iks/target_sparsity")[0].value == pytest.approx(0.8)
+    by_layer = [events.Scalars(f"iks_layers/{name}")[-1].value for name in ("2", "4")]
+    assert sum(by_layer) / 2 == pytest.approx(0.8, abs=1e-3)
+
+
+def test_repr():
+    text = repr(iks_plugin.sparsify(toys.plain_sr(), 0.8))
+    assert text == "SparsityController(target_sparsity=0.8, law='exact', layers=2, steps=0)"

@@ -1,0 +1,204 @@
+"""What counts as a step, which optimizers are refused, and that weight decay stays off the thresholds."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import iks_plugin
+import toys
+from iks_plugin import IksError, IksWarning
+
+
+def test_gradient_accumulation_counts_optimizer_steps_only():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(3):
+        for _ in range(4):
+            model(torch.randn(1, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert controller.steps == 3
+
+
+def test_a_second_optimizer_for_another_network_does_not_count():
+    generator, critic = toys.plain_sr(), toys.plain_sr()
+    controller = iks_plugin.sparsify(generator, 0.8)
+    mine, other = (torch.optim.Adam(net.parameters(), 1e-3) for net in (generator, critic))
+    for _ in range(5):
+        toys.train(critic, other, 2)
+        toys.train(generator, mine, 1)
+    assert controller.steps == 5
+
+
+def test_two_optimizers_for_one_network_count_each_round_once():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8)
+    halves = [torch.optim.Adam(part.parameters(), 1e-3) for part in (model[:4], model[4:])]
+    for _ in range(5):
+        model(torch.randn(1, 3, 8, 8)).square().mean().backward()
+        for optimizer in halves:
+            optimizer.step()
+    assert controller.steps == 5
+
+
+def test_two_models_each_have_their_own_controller():
+    models = [toys.plain_sr(), toys.plain_sr()]
+    controllers = [
+        iks_plugin.sparsify(model, target, ramp_steps=10) for model, target in zip(models, (0.5, 0.9), strict=True)
+    ]
+    toys.train(nn.Sequential(*models), torch.optim.Adam([*models[0].parameters(), *models[1].parameters()], 1e-3), 10)
+    assert [controller.sparsity for controller in controllers] == pytest.approx([0.5, 0.9], abs=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="this torch has no GradScaler for the CPU")
+def test_a_step_that_the_grad_scaler_skips_does_not_count():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(6):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(torch.randn(1, 3, 8, 8)).float().square().mean()
+        scaler.scale(loss).backward()
+        if step in (2, 3):
+            model[2].raw_weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+    assert controller.steps == 4
+
+
+def test_autocast_and_bfloat16_models_meet_the_target():
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        model = toys.plain_sr(24).to(dtype)
+        controller = iks_plugin.sparsify(model, 0.9, ramp_steps=30)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        for step in range(40):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                toys.train(model, optimizer, 1, seed=step)
+        assert controller.sparsity == pytest.approx(0.9, abs=1e-3)
+
+
+COMPILED = """
+import torch, iks_plugin
+model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3))
+def rewrite(): global controller; controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+def build(): global optimizer; optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+def compiled(): global network; network = torch.compile(model, backend="aot_eager")
+for part in (ORDER): part()
+for _ in range(10):
+    network(torch.randn(1, 8, 8, 8)).square().mean().backward()
+    optimizer.step()
+assert controller.steps == 10, controller
+assert abs(controller.sparsity - 0.8) < 0.001, controller.sparsity
+"""
+
+
+@pytest.mark.parametrize("order", ["rewrite, build, compiled", "rewrite, compiled, build", "compiled, rewrite, build"])
+def test_steps_count_with_torch_compile_in_any_order(order):
+    """Each in a process of its own: torch 2.1 and 2.2 strip the step hooks at the first compile of a process."""
+    subprocess.run([sys.executable, "-c", COMPILED.replace("ORDER", order)], check=True)
+
+
+def stale(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, iks_plugin.SparsityController]:
+    model = toys.plain_sr()
+    if kind == "built before":
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        return model, optimizer, iks_plugin.sparsify(model, 0.8)
+    controller = iks_plugin.sparsify(model, 0.8)
+    chosen = [p for name, p in model.named_parameters() if "threshold" not in name]
+    return model, torch.optim.Adam(chosen, 1e-3), controller
+
+
+@pytest.mark.parametrize("kind", ["built before", "thresholds left out"])
+def test_an_optimizer_without_the_thresholds_is_refused_at_its_first_step(kind):
+    model, optimizer, controller = stale(kind)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(
+            IksError, match="weights but not the thresholds of 2 rewritten layers .2, 4.: it was built before"
+        ):
+            toys.train(model, optimizer, 1)
+    assert toys.states_equal(dict(model.state_dict()), dict(before)) and controller.steps == 0
+
+
+def test_the_remedy_in_the_message_works():
+    model, optimizer, controller = stale("built before")
+    optimizer.add_param_group(controller.param_groups()[1])
+    toys.train(model, optimizer, 2)
+    assert controller.steps == 2
+
+
+def test_an_optimizer_of_frozen_thresholds_is_fine():
+    model, optimizer, _ = stale("thresholds left out")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("threshold" not in name)
+    toys.train(model, optimizer, 1)
+
+
+DECAYING = {
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("build", DECAYING.values(), ids=DECAYING)
+def test_decay_is_kept_off_thresholds_as_if_they_had_a_group_of_their_own(build):
+    start = toys.plain_sr().state_dict()
+    ends = []
+    for grouped in (False, True):
+        model = toys.plain_sr()
+        model.load_state_dict(start)
+        controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+        optimizer = build(controller.param_groups() if grouped else model.parameters())
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+        groups = [len(group["params"]) for group in optimizer.param_groups]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(30):
+                toys.train(model, optimizer, 1, seed=step)
+                scheduler.step()
+        said = [w for w in caught if issubclass(w.category, IksWarning)]
+        assert len(said) == (0 if grouped else 1)
+        if said:
+            assert "has weight decay on the thresholds" in str(said[0].message)
+            assert "controller.param_groups()" in str(said[0].message)
+        assert [len(group["params"]) for group in optimizer.param_groups] == groups
+        ends.append(dict(model.state_dict()))
+    assert toys.states_equal(*ends)
+    assert max(value.max() for key, value in ends[0].items() if "threshold" in key) < -1
+
+
+def test_a_failing_step_does_not_leave_the_groups_split():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+
+    def failing_closure() -> float:
+        raise RuntimeError("no data")
+
+    with pytest.warns(IksWarning), pytest.raises(RuntimeError, match="no data"):
+        optimizer.step(failing_closure)
+    toys.train(model, optimizer, 1)
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == [list(map(id, g)) for g in groups]
+
+
+def test_param_groups_hold_every_parameter_once_and_take_options():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8)
+    others, thresholds = controller.param_groups(lr=0.5)
+    assert thresholds["weight_decay"] == 0 and thresholds["lr"] == 0.5 and "lr" not in others
+    assert [id(p) for p in thresholds["params"]] == [id(model[2].threshold), id(model[4].threshold)]
+    held = [id(p) for group in (others, thresholds) for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())

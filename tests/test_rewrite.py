@@ -1,0 +1,210 @@
+"""`sparsify` changes nothing but the gates, and `finalize` gives the model back with exactly the target's zeros."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import iks_plugin
+import toys
+from iks_plugin import IksError, IksWarning
+from iks_plugin.layers import gated_layers
+
+TARGETS = [0, 0.1, 0.5, 0.8, 0.9, 0.99, 0.999]
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((model[index].weight == 0).sum()) for index in (2, 4))
+
+
+def trained(target: float, steps: int = 40, channels: int = 24, **options: object) -> nn.Sequential:
+    model = toys.plain_sr(channels)
+    iks_plugin.sparsify(model, target, ramp_steps=20, **options)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), steps)
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "layer"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_zeros_are_exact_after_finalize(target, granularity):
+    model = trained(target, granularity=granularity)
+    iks_plugin.finalize(model)
+    assert zeros(model) == round(target * 2 * 24 * 24 * 9)
+    assert torch.isfinite(model(torch.randn(1, 3, 9, 9))).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_zeros_are_exact_whatever_the_training_did(target):
+    for steps in (0, 3, 47):
+        model = trained(0.8, steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IksWarning)
+            iks_plugin.finalize(model, target)
+        assert zeros(model) == round(target * 2 * 24 * 24 * 9)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_where_the_target_is_met_the_output_does_not_change_by_a_bit(train):
+    model = trained(0.8).train(train)
+    exact = zeros(model) / (2 * 24 * 24 * 9)
+    x = torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    iks_plugin.finalize(model, exact)
+    assert torch.equal(model(x), expected)
+
+
+def test_the_model_is_as_it_was_before_the_rewrite():
+    original = toys.plain_sr(24)
+    model = copy.deepcopy(original)
+    hooked = []
+    model[2].register_forward_hook(lambda *_: hooked.append(1))
+    weights = [model[2].weight, model[4].weight]
+    iks_plugin.sparsify(model, 0.8, ramp_steps=5)
+    assert [model[2].raw_weight, model[4].raw_weight] == weights
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 10)
+    assert iks_plugin.finalize(model) is model
+    assert [type(layer) for layer in model] == [type(layer) for layer in original]
+    assert list(model.state_dict()) == list(original.state_dict())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in original.named_parameters()]
+    assert model[2].weight is weights[0] and model[4].weight is weights[1] and weights[0].requires_grad
+    assert len(hooked) == 10
+    original.load_state_dict(model.state_dict(), strict=True)
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(original(x), model(x))
+    assert repr(model) == repr(original)
+
+
+def test_finalized_modules_pickle_without_the_package():
+    import pickle
+    import pickletools
+
+    model = trained(0.8)
+    iks_plugin.finalize(model)
+    names = [arg for _, arg, _ in pickletools.genops(pickle.dumps(model)) if isinstance(arg, str)]
+    assert not any("iks_plugin" in name for name in names)
+
+
+def test_the_dense_output_is_kept_at_the_start():
+    model = toys.plain_sr()
+    x = torch.randn(1, 3, 9, 9)
+    dense = model(x)
+    iks_plugin.sparsify(model, 0.8)
+    torch.testing.assert_close(model(x), dense, rtol=0, atol=1e-3)
+
+
+def test_finalize_at_zero_gives_the_weights_before_the_gate():
+    model = trained(0.8)
+    raw = [model[index].raw_weight.clone() for index in (2, 4)]
+    iks_plugin.finalize(model, 0)
+    assert all(torch.equal(model[index].weight, weight) for index, weight in zip((2, 4), raw, strict=True))
+
+
+def test_more_zeros_leave_the_survivors_as_they_are():
+    model = trained(0.8)
+    before = torch.cat([model[index].weight.flatten() for index in (2, 4)]).detach()
+    iks_plugin.finalize(model, 0.95)
+    after = torch.cat([model[index].weight.flatten() for index in (2, 4)]).detach()
+    assert torch.equal(after[after != 0], before[after != 0])
+
+
+def test_the_dial_and_finalize_keep_the_same_weights():
+    model = toys.plain_sr(24)
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 40)
+    for target in (0.9, 0.6):
+        finalized = iks_plugin.finalize(copy.deepcopy(model), target)
+        controller.target_sparsity = target
+        dialled = iks_plugin.finalize(copy.deepcopy(model))
+        controller.target_sparsity = 0.8
+        for index in (2, 4):
+            assert torch.equal(finalized[index].weight == 0, dialled[index].weight == 0)
+
+
+def test_a_model_in_a_wrapper_and_its_copies_finalize():
+    model = trained(0.8)
+    wrapped = nn.DataParallel(copy.deepcopy(model))
+    iks_plugin.finalize(wrapped)
+    iks_plugin.finalize(model)
+    assert all(torch.equal(a, b) for a, b in zip(wrapped.module.parameters(), model.parameters(), strict=True))
+
+
+def test_networks_that_were_rewritten_apart_keep_their_own_targets():
+    nets = nn.ModuleList([toys.plain_sr(), toys.plain_sr()])
+    for net, target in zip(nets, (0.5, 0.9), strict=True):
+        iks_plugin.sparsify(net, target)
+    with pytest.warns(IksWarning):
+        iks_plugin.finalize(nets)
+    assert [zeros(net) for net in nets] == [round(target * 2 * 16 * 16 * 9) for target in (0.5, 0.9)]
+
+
+def test_training_goes_on_with_the_same_optimizer_after_finalize():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5, ramp_steps=5)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    toys.train(model, optimizer, 10)
+    iks_plugin.finalize(model)
+    toys.train(model, optimizer, 10)
+
+
+def test_a_short_training_is_warned_of_with_figures():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8)
+    with pytest.warns(IksWarning, match=r"training ended at 0.0% zeros, and the target is 80.0%: .* of 4,608 weights"):
+        iks_plugin.finalize(model)
+
+
+def test_too_many_raw_zeros_are_warned_of():
+    model = toys.plain_sr()
+    with torch.no_grad():
+        model[2].weight[:8] = 0
+    iks_plugin.sparsify(model, 0.1)
+    with pytest.warns(IksWarning, match="691 more weights are zero than the target asks for"):
+        iks_plugin.finalize(model, 0.1)
+
+
+def test_a_training_that_met_its_target_is_not_warned_of():
+    model = trained(0.8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IksWarning)
+        iks_plugin.finalize(model)
+
+
+def test_a_model_that_is_not_rewritten_cannot_be_finalized():
+    model = toys.plain_sr()
+    for _ in range(2):
+        with pytest.raises(IksError, match="not rewritten: it has no sparse layers. Call iks_plugin.sparsify"):
+            iks_plugin.finalize(model)
+        iks_plugin.sparsify(model, 0.5, ramp_steps=1, interval=1).step()
+        iks_plugin.finalize(model)
+
+
+def test_a_part_of_a_model_cannot_be_finalized():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5)
+    with pytest.raises(IksError, match="only a part of a rewritten model"):
+        iks_plugin.finalize(model[:4])
+    assert len(gated_layers(model)) == 2
+
+
+@pytest.mark.parametrize("target", [None, 0, 0.5])
+def test_weights_that_are_not_finite_cannot_be_finalized(target):
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5)
+    with torch.no_grad():
+        model[2].raw_weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(IksError, match=r"not finite .2."):
+        iks_plugin.finalize(model, target)
+    assert len(gated_layers(model)) == 2
+
+
+def test_a_failed_rewrite_leaves_no_trace():
+    model = toys.plain_sr()
+    state = copy.deepcopy(model.__dict__)
+    with pytest.raises(IksError):
+        iks_plugin.sparsify(model, 0.5, include="nowhere")
+    assert model.__dict__.keys() == state.keys()
+    assert all(not any(key.startswith("_iks") for key in module.__dict__) for module in model.modules())
