@@ -104,7 +104,7 @@ class SparsityController:
 
     def drives_only(self, layers: Iterable[nn.Module]) -> bool:
         """Whether every layer that it drives is among `layers`."""
-        return set(self._layers_alive().values()) <= set(layers)
+        return set(self._layers_left().values()) <= set(layers)
 
     def param_groups(self, **options: Any) -> list[dict[str, Any]]:
         """Two optimizer groups: every other parameter of the model, and the thresholds without weight decay.
@@ -196,12 +196,16 @@ class SparsityController:
         for layer in self._gated().values():
             change(layer.threshold)
 
-    def _layers_alive(self) -> dict[str, nn.Module]:
+    def _layers_left(self) -> dict[str, nn.Module]:
         layers: dict[str, nn.Module] = {}
         for name, reference in self._layers.items():
             layer = reference()
             if layer is not None:
                 layers[name] = layer
+        return layers
+
+    def _layers_alive(self) -> dict[str, nn.Module]:
+        layers = self._layers_left()
         if not layers:
             raise IksError(_GONE)
         return layers
@@ -219,4 +223,4 @@ class SparsityController:
 def controllers_of(layers: Iterable[nn.Module]) -> set[SparsityController]:
     """The controllers that drive any of `layers`."""
     wanted = set(layers)
-    return {controller for controller in _controllers.values() if wanted & set(controller._layers_alive().values())}
+    return {controller for controller in _controllers.values() if wanted & set(controller._layers_left().values())}

@@ -42,6 +42,7 @@ class OptimizerWatcher:
         self._seen: weakref.WeakKeyDictionary[Optimizer, tuple[object, bool, bool]] = weakref.WeakKeyDictionary()
         self._unprotected: weakref.WeakKeyDictionary[Optimizer, list[list[Parameter]]] = weakref.WeakKeyDictionary()
         self._warned_of_decay = False
+        self._looked_for_idle_layers = False
 
     def start(self) -> None:
         if not _hooks:
@@ -55,7 +56,9 @@ class OptimizerWatcher:
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
-        _, decays = self._inspect(optimizer)
+        counts, decays = self._inspect(optimizer)
+        if counts and not self._looked_for_idle_layers:
+            self._warn_of_idle_layers(optimizer)
         if decays:
             self._protect(optimizer)
 
@@ -103,6 +106,22 @@ class OptimizerWatcher:
             if mine and group.get("weight_decay"):
                 group["params"] = [p for p in group["params"] if id(p) not in thresholds]
                 groups.append({**group, "params": mine, "weight_decay": 0.0})
+
+    def _warn_of_idle_layers(self, optimizer: Optimizer) -> None:
+        """Look once, at the first step, for layers that the training does not reach."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = [(name, t) for name, _, t in self._pairs() if id(t) in held and t.requires_grad]
+        idle = [name for name, t in mine if t.grad is None]
+        self._looked_for_idle_layers = True
+        if idle and len(idle) < len(mine):
+            warnings.warn(
+                f"{len(idle)} rewritten layers got no gradient in the first step: they do not learn, yet their zeros "
+                "count towards the target. And where a block writes a merged kernel into such a layer in eval mode "
+                "(re-parametrisation), what it writes is lost and its output wrong. If they are idle in every step, "
+                f"leave them out: sparsify(..., exclude={idle})",
+                IksWarning,
+                stacklevel=5,
+            )
 
     def _restore(self, optimizer: Optimizer) -> None:
         original = self._unprotected.pop(optimizer, None)

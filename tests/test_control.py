@@ -218,6 +218,15 @@ def test_a_held_controller_of_a_lost_model_says_so():
             call()
 
 
+def test_a_model_whose_layers_were_all_replaced_does_not_disturb_others():
+    model, other = toys.plain_sr(), toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8)
+    iks_plugin.sparsify(other, 0.5)
+    model[2] = model[4] = nn.Identity()
+    gc.collect()
+    iks_plugin.finalize(other, 0.5)
+
+
 def test_a_finalized_model_needs_a_new_rewrite():
     model = toys.plain_sr()
     controller = iks_plugin.sparsify(model, 0.5, ramp_steps=1, interval=1)

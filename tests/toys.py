@@ -37,6 +37,23 @@ class ReadsWeightByHand(nn.Module):
         return F.conv2d(x, kernel, mixed @ self.conv3.bias + self.conv1.bias, padding=1)
 
 
+class MergesInEvalMode(nn.Module):
+    """Trains two convolutions, and in eval mode writes their product into a third, which training never reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 1, bias=False)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.merged = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.second(self.first(x))
+        self.merged.weight.data = torch.einsum("omyx,mi->oiyx", self.second.weight, self.first.weight[:, :, 0, 0])
+        self.merged.bias.data = self.second.bias.data
+        return self.merged(x)
+
+
 class StandardisedConv2d(nn.Conv2d):
     """A third-party subclass with a forward of its own."""
 

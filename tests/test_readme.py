@@ -1,0 +1,59 @@
+"""What the README promises is run: its snippet, its report and its two commands as far as a test can."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import iks_plugin
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block_after(marker: str) -> str:
+    found = re.search(re.escape(marker) + r"\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_snippet_runs_and_its_report_is_the_one_shown():
+    names: dict[str, object] = {}
+    exec(block_after("<!-- test -->"), names)
+    assert str(iks_plugin.report(names["model"])).splitlines() == block_after("<!-- report -->").splitlines()
+
+
+def commands() -> list[str]:
+    return [
+        line for line in re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL) if line.startswith("python3 -m venv")
+    ]
+
+
+def test_the_test_command_is_what_ci_runs():
+    _, test_command = commands()
+    assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_demo_command_starts_with_an_existing_extra_and_command():
+    demo_command, _ = commands()
+    extra = re.search(r'pip install "\.\[(\w+)\]"', demo_command)
+    assert extra is not None and f"\n{extra[1]} =\n" in (ROOT / "setup.cfg").read_text()
+    shown = subprocess.run([sys.executable, "-m", "iks_plugin", "demo", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--data" in shown.stdout
+
+
+def test_the_file_map_names_every_file_of_the_package():
+    file_map = (ROOT / "CONTRIBUTING.md").read_text()
+    missing = [path.name for path in (ROOT / "iks_plugin").glob("*.py") if f"`{path.name}`" not in file_map]
+    assert [name for name in missing if name != "__init__.py"] == []
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path):
+    example = ROOT / "examples" / "custom_loop.py"
+    assert len(example.read_text().splitlines()) < 60
+    subprocess.run([sys.executable, str(example)], check=True, cwd=tmp_path)
