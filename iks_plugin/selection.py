@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from .errors import IksError, OptionError
 from .layers import Gated, sparse_class, threshold_shape
 from .options import Options, near_misses
+from .reparam import written_layers
 
 IMAGE_CHANNELS = 4
 """A convolution with this many channels or fewer on either side faces the image (RGB, RGBA, gray)."""
@@ -41,10 +42,11 @@ def select(model: nn.Module, options: Options) -> Selection:
         options, [known_as for module, known_as in layers.values() if isinstance(module, options.layer_types)]
     )
 
+    written = _written_by_their_blocks(names)
     chosen: dict[str, nn.Module] = {}
     left_alone: dict[str, tuple[nn.Module, str]] = {}
     for name, (module, known_as) in layers.items():
-        reason = _out_of_scope(module, known_as, options) or _unfit(name, module)
+        reason = _out_of_scope(module, known_as, options) or _unfit(name, module) or written.get(module)
         if reason is None and options.include is None:
             reason = _faces_image(module)
         if reason is None:
@@ -162,6 +164,18 @@ def _unfit(name: str, module: nn.Module) -> str | None:
     if not torch.count_nonzero(weight.detach()):
         return "all zero: under a soft threshold a zero weight would never get a gradient"
     return None
+
+
+def _written_by_their_blocks(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    reasons = {}
+    for block in names:
+        for path, method in written_layers(type(block)).items():  # type: ignore[arg-type]
+            try:
+                layer = block.get_submodule(path)
+            except AttributeError:
+                continue
+            reasons[layer] = f"written by its block: {type(block).__name__}.{method} computes its weight"
+    return reasons
 
 
 def _tied_to_others(

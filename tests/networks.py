@@ -31,7 +31,7 @@ class Network:
         target: `module:class`.
         options: keyword arguments of the class.
         shapes: the shapes of the forward's inputs, images in [0, 1].
-        exclude: patterns that `sparsify` needs; `note` says why.
+        written: patterns of convolutions whose weight their block writes by itself in eval mode.
         unused: patterns of convolutions that cannot change the output in train mode, so they never get a gradient.
         asleep: patterns of convolutions whose gradient is zero at first, because a layer behind them starts at zero.
         tolerance: bound on the relative change of the output by gates at their initial threshold, which take 6e-6 off
@@ -45,7 +45,7 @@ class Network:
     target: str
     options: Mapping[str, Any]
     shapes: tuple[Shape, ...]
-    exclude: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     asleep: tuple[str, ...] = ()
     tolerance: float = 1e-3

@@ -27,14 +27,14 @@ def _case(
     name: str,
     target: str,
     *shapes: Shape,
-    exclude: tuple[str, ...] = (),
+    written: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
     tolerance: float = 1e-3,
     note: str = "",
     **options: Any,
 ) -> Network:
     path = f"spandrel.architectures.{target}"
-    return Network(name, path, options, shapes or (_IMAGE,), exclude, unused, tolerance=tolerance, note=note)
+    return Network(name, path, options, shapes or (_IMAGE,), written, unused, tolerance=tolerance, note=note)
 
 
 _SWIN: dict[str, Any] = {"img_size": 16, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 8}
@@ -396,9 +396,9 @@ SPANDREL: tuple[Network, ...] = (
         num_out_ch=3,
         feature_channels=8,
         upscale=2,
-        exclude=("*.eval_conv",),
+        written=("*.eval_conv",),
         note="eval mode merges each triple of convolutions and stores the result in the weight of a fourth, the "
-        "eval_conv, which is never trained: its raw weight has to be out of the gate's reach",
+        "eval_conv, which is never trained",
     ),
     _case("SwiftSRGAN", "SwiftSRGAN:SwiftSRGAN", num_channels=16, num_blocks=1, upscale_factor=2),
     _case("Swin2SR", "Swin2SR:Swin2SR", _PAIR, **_SWIN, upscale=2, upsampler="pixelshuffledirect"),

@@ -46,7 +46,7 @@ class Subject:
 
     def rewritten(self) -> tuple[nn.Module, iks_plugin.SparsityController]:
         model = self.copy()
-        return model, iks_plugin.sparsify(model, 0.8, exclude=self.network.exclude)
+        return model, iks_plugin.sparsify(model, 0.8)
 
     def run(self, model: nn.Module, training: bool) -> list[Tensor]:
         """The outputs, without gradients; the model's buffers stay as they are."""
@@ -195,7 +195,7 @@ def _reasons_against(network: Network, name: str, layer: nn.Module) -> tuple[str
     """Every reason to leave a convolution alone, as its explanation begins."""
     weight = layer._parameters.get("weight")
     reasons = {
-        "excluded": _matches(name, network.exclude),
+        "written by its block": _matches(name, network.written),
         "faces the image": min(layer.in_channels, layer.out_channels) <= 4,
         "parametrised": weight is None,
         "frozen": weight is not None and not weight.requires_grad,

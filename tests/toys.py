@@ -54,6 +54,18 @@ class MergesInEvalMode(nn.Module):
         return self.merged(x)
 
 
+class UnusedLayer(nn.Module):
+    """One of its layers is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Conv2d(8, 8, 3, padding=1)
+        self.unused = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
 class StandardisedConv2d(nn.Conv2d):
     """A third-party subclass with a forward of its own."""
 
