@@ -16,7 +16,6 @@ from pathlib import Path
 import nox
 
 nox.options.sessions = ["lint", "latest", "classic"]
-nox.options.error_on_missing_interpreters = False
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "iks-plugin" / "environments"

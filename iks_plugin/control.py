@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import laws
-from .errors import IksError
+from .errors import IksError, IksWarning
 from .layers import Gated, Goal
 from .measure import all_shifts, count_raw_zeros, count_weights, count_zeros, unique
 from .optimizers import OptimizerWatcher
@@ -26,8 +27,8 @@ _controllers: weakref.WeakKeyDictionary[nn.Module, SparsityController] = weakref
 class SparsityController:
     """Drives the sparsity of one rewritten model; `iks_plugin.sparsify` makes it.
 
-    It counts the steps of the optimizer that trains the thresholds and acts by itself. It holds the model weakly, and
-    the model keeps it alive, so its return value may be ignored.
+    It counts the steps of the optimizer that trains the thresholds and acts by itself. It holds the layers weakly, and
+    they keep it alive, so its return value may be ignored.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, Gated], goal: Goal, options: Options) -> None:
@@ -45,10 +46,12 @@ class SparsityController:
         )
         self._steps = 0
         self._start: float | None = None
-        self._watcher = OptimizerWatcher(self._watched, self.step)
+        self._watcher = OptimizerWatcher(self._watched, self._on_optimizer_step)
+        self._watched_a_step = False
         self._watcher.start()
-        weakref.finalize(model, self._watcher.stop)
-        _controllers[model] = self
+        for layer in layers.values():
+            _controllers[layer] = self
+            weakref.finalize(layer, self._stop_if_alone)
 
     @property
     def steps(self) -> int:
@@ -73,6 +76,7 @@ class SparsityController:
     @target_sparsity.setter
     def target_sparsity(self, value: float) -> None:
         target = check_sparsity(value)
+        self._gated()  # raises where there is nothing left to drive
         if self._law.has_arrived(self._steps):
             self._shift_to(target)
         self._goal.target_sparsity = target
@@ -80,12 +84,30 @@ class SparsityController:
     def step(self) -> None:
         """Count one optimizer step and act if the law says so.
 
-        Called by itself after each step of a torch optimizer that holds the thresholds; call it by hand only after
+        It happens by itself after each step of a torch optimizer that holds the thresholds; call it by hand only after
         `detach()`, or where something other than a torch optimizer trains the model.
 
         Raises:
             IksError: a weight or threshold is not finite; the step is counted, but no threshold changes.
+
+        Warns:
+            IksWarning: it has seen the optimizer's step already, so that this call counts it a second time.
         """
+        if self._watched_a_step:
+            self._watched_a_step = False
+            warnings.warn(
+                "controller.step() counts a step that the controller has counted by itself: leave the call out, or "
+                "call controller.detach() before the loop",
+                IksWarning,
+                stacklevel=2,
+            )
+        self._count_step()
+
+    def _on_optimizer_step(self) -> None:
+        self._watched_a_step = True
+        self._count_step()
+
+    def _count_step(self) -> None:
         self._steps += 1
         if not self._law.acts_at(self._steps):
             return
@@ -101,10 +123,11 @@ class SparsityController:
     def detach(self) -> None:
         """Stop acting by itself; thresholds stay as they are, and `step()` still works by hand."""
         self._watcher.stop()
+        self._watched_a_step = False
 
-    def drives_only(self, layers: Iterable[nn.Module]) -> bool:
-        """Whether every layer that it drives is among `layers`."""
-        return set(self._layers_left().values()) <= set(layers)
+    def _stop_if_alone(self) -> None:
+        if not self._layers_left():
+            self._watcher.stop()
 
     def param_groups(self, **options: Any) -> list[dict[str, Any]]:
         """Two optimizer groups: every other parameter of the model, and the thresholds without weight decay.
@@ -131,7 +154,7 @@ class SparsityController:
         writer.add_scalar("iks/sparsity", self.sparsity, step)
         writer.add_scalar("iks/target_sparsity", self.target_sparsity, step)
         for name, layer in self._layers_alive().items():
-            writer.add_scalar(f"iks_layers/{name}", count_zeros([layer]) / count_weights([layer]), step)
+            writer.add_scalar(f"iks_layers/{name or 'model'}", count_zeros([layer]) / count_weights([layer]), step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the model's and the optimizer's state: plain numbers and strings."""
@@ -164,10 +187,10 @@ class SparsityController:
                     "rewrite the model with the options of the run that saved the state"
                 )
         target = check_sparsity(state["target_sparsity"], "target_sparsity in the controller state")
-        for key, kind in (("steps", int), ("start_sparsity", float), *((name, int) for name in _LAW_FIELDS)):
-            if type(state[key]) not in (kind, type(own[key])):
+        for key, expected in self._expected_numbers().items():
+            if type(state[key]) not in (int, float, type(None)) or not expected(state[key]):
                 raise IksError(
-                    f"controller state: {key} expected {kind.__name__}, got {state[key]!r}: the state is damaged, "
+                    f"controller state: {key} has the impossible value {state[key]!r}: the state is damaged, "
                     "take the one of another checkpoint"
                 )
         law = type(self._law)(**{name: state[name] for name in _LAW_FIELDS if hasattr(self._law, name)})
@@ -175,6 +198,16 @@ class SparsityController:
         self._law = law
         self._steps = state["steps"]
         self._start = state["start_sparsity"]
+
+    def _expected_numbers(self) -> dict[str, Callable[[Any], bool]]:
+        has_ramp = isinstance(self._law, laws.ExactLaw)
+        return {
+            "steps": lambda value: type(value) is int and value >= 0,
+            "start_sparsity": lambda value: value is None or 0 <= value <= 1,
+            "total_steps": lambda value: value is None or (type(value) is int and value >= 1),
+            "ramp_steps": lambda value: type(value) is int and value >= 1 if has_ramp else value is None,
+            "interval": lambda value: type(value) is int and value >= 1,
+        }
 
     def __repr__(self) -> str:
         return (
@@ -217,10 +250,10 @@ class SparsityController:
         return layers
 
     def _watched(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-        return [(name, layer.raw_weight, layer.threshold) for name, layer in self._gated().items()]
+        layers = self._layers_left().items()
+        return [(name, layer.raw_weight, layer.threshold) for name, layer in layers if isinstance(layer, Gated)]
 
 
 def controllers_of(layers: Iterable[nn.Module]) -> set[SparsityController]:
     """The controllers that drive any of `layers`."""
-    wanted = set(layers)
-    return {controller for controller in _controllers.values() if wanted & set(controller._layers_left().values())}
+    return {_controllers[layer] for layer in layers if layer in _controllers}

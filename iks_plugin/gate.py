@@ -39,13 +39,18 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 class _SoftThreshold(torch.autograd.Function):
     """Saves only its inputs, which live anyway, so the gate costs no memory between forward and backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, threshold)
+    def forward(weight: Tensor, threshold: Tensor) -> Tensor:
         precise = _at_least_float32(weight)
         cut = torch.sigmoid(_at_least_float32(threshold)).to(precise.dtype)
         # w - clamp(w, -s, s) is the formula above, to the bit, in fewer operations.
         return (precise - torch.clamp(precise, -cut, cut)).to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -112,16 +112,25 @@ def shift_for(shifts: Tensor, zeros: int, wanted: int) -> float:
         shifts: the critical shifts of all weights, flat and finite.
         zeros: how many weights are zero now.
         wanted: how many are to be; between 0 and the number of weights.
+
+    Returns:
+        0 where no shift comes nearer to the wanted number, because of ties.
     """
-    if zeros < wanted:
-        return kth_smallest(shifts, wanted) + _ROUNDING
-    if zeros > wanted:
-        return kth_smallest(shifts, wanted + 1) - _ROUNDING
-    return 0.0
+    if zeros == wanted:
+        return 0.0
+    nearest = kth_smallest(shifts, wanted if zeros < wanted else wanted + 1)
+    # Weights of equal shift fall together (many do in half precision): take the side of them that is nearer.
+    below, up_to = int((shifts < nearest).sum()), int((shifts <= nearest).sum())
+    reached, shift = min(
+        (below, nearest - _ROUNDING), (up_to, nearest + _ROUNDING), key=lambda side: abs(side[0] - wanted)
+    )
+    return shift if abs(reached - wanted) < abs(zeros - wanted) else 0.0
 
 
 def kth_smallest(values: Tensor, k: int) -> float:
     """The k-th smallest entry of a flat tensor, k counted from 1."""
+    if values.device.type == "mps" or torch.are_deterministic_algorithms_enabled():  # kthvalue cannot do these
+        return float(values.sort().values[k - 1])
     return float(torch.kthvalue(values, k).values)
 
 
@@ -163,8 +172,8 @@ def project(gated: Sequence[Tensor], raw: Sequence[Tensor], shifts: Tensor, zero
 
 def _woken(raw: Tensor, shifts: Tensor, smallest: float) -> Tensor:
     """Weights above the gate again, by `smallest` at least: it is shifted down to the last that wakes."""
-    precise = raw.double()
-    threshold = torch.logit(precise.abs().clamp(_SMALLEST, _LARGEST)) - shifts.double()
-    cut = torch.sigmoid(threshold + shifts.double().min())
+    precise, shifts = raw.cpu().double(), shifts.cpu().double()
+    threshold = torch.logit(precise.abs().clamp(_SMALLEST, _LARGEST)) - shifts
+    cut = torch.sigmoid(threshold + shifts.min())
     magnitude = (precise.abs() - cut).clamp(min=smallest)
-    return (torch.sign(precise) * magnitude).to(raw.dtype)
+    return (torch.sign(precise) * magnitude).to(raw)

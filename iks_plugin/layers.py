@@ -26,10 +26,12 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Goal:
     """The sparsity that a set of layers is to reach together; one object, shared with every deep copy of the layers.
 
-    An EMA copy of a network thus always knows the target that its original is trained for.
+    An EMA copy of a network thus always knows the target that its original is trained for. `weights` is how many
+    weights the layers have together, those that layers share counted once.
     """
 
     target_sparsity: float
+    weights: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Goal:
         return self
@@ -104,12 +106,11 @@ class Gated(nn.Module):
         if loaded is None:
             if f"{prefix}weight" in state_dict:  # a dense checkpoint
                 state_dict[key] = torch.full_like(own, self._iks.threshold_init)
-        elif loaded.shape != own.shape:
-            if loaded.numel() == own.numel():
-                state_dict[key] = loaded.reshape(own.shape)
-            else:
-                *_, error_messages = reports
-                error_messages.append(self._threshold_mismatch(key, loaded))
+        elif loaded.numel() == own.numel():
+            state_dict[key] = loaded.reshape(own.shape).to(own.dtype)
+        else:
+            *_, error_messages = reports
+            error_messages.append(self._threshold_mismatch(key, loaded))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
     def _threshold_mismatch(self, key: str, loaded: Tensor) -> str:
@@ -121,6 +122,10 @@ class Gated(nn.Module):
             f"{key} expected {tuple(self.threshold.shape)} (granularity={self._iks.granularity!r}), "
             f"got {tuple(loaded.shape)}{was}."
         )
+
+
+GATE_ATTRIBUTES = ("threshold", "raw_weight", "spread_threshold", "_iks")
+"""What a layer must not have of its own, because the gate puts it there."""
 
 
 class SparseConv1d(Gated, nn.Conv1d):
@@ -210,7 +215,7 @@ def new_threshold(layer: nn.Module, settings: GateSettings) -> nn.Parameter:
     dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
     like = weight if shape == weight.shape else weight.new_empty(shape)
     values = torch.full_like(like, settings.threshold_init, dtype=dtype, requires_grad=False)
-    return nn.Parameter(values, requires_grad=weight.requires_grad)
+    return nn.Parameter(values)
 
 
 def open_gate(layer: nn.Module, threshold: nn.Parameter, settings: GateSettings) -> None:

@@ -2,7 +2,7 @@
 
 A watcher hears of every step of every torch optimizer through torch's global step hooks, so a training loop needs no
 line of its own. Gradient accumulation, steps that a GradScaler skips, and a second optimizer for a discriminator thus
-count as they should: only a step of the optimizer that holds the first threshold counts.
+count as they should: only a step of the optimizer that holds the first threshold in training counts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _hooks: list[Any] = []
 
 
 class OptimizerWatcher:
-    """Calls `on_step` after each step of the optimizer that holds the first of the pairs' thresholds.
+    """Calls `on_step` after each step of the optimizer that holds the first threshold that requires a gradient.
 
     Args:
         pairs: returns (name, weight, threshold) of every watched layer.
@@ -41,8 +41,10 @@ class OptimizerWatcher:
         self._on_step = on_step
         self._seen: weakref.WeakKeyDictionary[Optimizer, tuple[object, bool, bool]] = weakref.WeakKeyDictionary()
         self._unprotected: weakref.WeakKeyDictionary[Optimizer, list[list[Parameter]]] = weakref.WeakKeyDictionary()
+        self._protected: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._warned_of_decay = False
         self._looked_for_idle_layers = False
+        self._step_begun = False
 
     def start(self) -> None:
         if not _hooks:
@@ -57,6 +59,7 @@ class OptimizerWatcher:
     def before_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
         counts, decays = self._inspect(optimizer)
+        self._step_begun = self._step_begun or counts
         if counts and not self._looked_for_idle_layers:
             self._warn_of_idle_layers(optimizer)
         if decays:
@@ -65,22 +68,25 @@ class OptimizerWatcher:
     def after_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
         counts, _ = self._inspect(optimizer)
-        if counts:
+        # A step may run within another one, of a subclass or a wrapper such as SAM: only the innermost counts.
+        if counts and self._step_begun:
+            self._step_begun = False
             self._on_step()
 
     def _inspect(self, optimizer: Optimizer) -> tuple[bool, bool]:
         """Whether a step of `optimizer` counts, and whether it would decay thresholds."""
         groups = optimizer.param_groups
-        signature = tuple((len(group["params"]), bool(group.get("weight_decay"))) for group in groups)
+        pairs = self._pairs()
+        lead = next((id(t) for _, _, t in pairs if t.requires_grad), None)
+        signature = (lead, *((len(group["params"]), bool(group.get("weight_decay"))) for group in groups))
         seen = self._seen.get(optimizer)
         if seen is None or seen[0] != signature:
-            pairs = self._pairs()
             held = {id(p): bool(group.get("weight_decay")) for group in groups for p in group["params"]}
             stale = [name for name, w, t in pairs if id(w) in held and t.requires_grad and id(t) not in held]
             if stale:
                 raise IksError(_stale_message(optimizer, stale))
             decays = any(held.get(id(t), False) for _, _, t in pairs)
-            seen = self._seen[optimizer] = (signature, bool(pairs) and id(pairs[0][2]) in held, decays)
+            seen = self._seen[optimizer] = (signature, lead in held, decays)
         return seen[1], seen[2]
 
     def _protect(self, optimizer: Optimizer) -> None:
@@ -100,6 +106,9 @@ class OptimizerWatcher:
             )
         thresholds = {id(t) for _, _, t in self._pairs()}
         groups = optimizer.param_groups
+        if optimizer not in self._protected:
+            self._protected.add(optimizer)
+            optimizer.register_state_dict_pre_hook(self._restore)  # a step may fail, and a state be saved after that
         self._unprotected[optimizer] = [group["params"] for group in groups]
         for group in list(groups):
             mine = [p for p in group["params"] if id(p) in thresholds]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
-from .laws import LAWS
+from .laws import LAWS, PAPER_EPOCHS
 from .layers import CONVOLUTIONS, GRANULARITIES, SUPPORTED_TYPES
 
 
@@ -75,6 +75,12 @@ class Options:
                 ("interval", interval),
             )
         }
+        pause = counts["interval"] or PAPER_EPOCHS * (counts["epoch_steps"] or 1)
+        if law == "paper" and total_steps is not None and total_steps < 2 * pause:
+            raise OptionError(
+                f"law='paper' acts every {pause} steps, and not in the last {pause}: it would never act within "
+                f"total_steps={total_steps}. Train for {2 * pause} steps at least, or give a shorter interval"
+            )
         if total_steps is not None and ramp_steps is not None and ramp_steps > total_steps:
             raise OptionError(
                 f"ramp_steps must be at most total_steps ({total_steps}), got {ramp_steps}: "
@@ -102,7 +108,7 @@ def check_sparsity(value: Any, name: str = "target_sparsity") -> float:
     number = float(value)
     if math.isnan(number):
         raise OptionError(f"{expected}, got nan: give the fraction of weights that are to become zero, such as 0.9")
-    if 1 < number < 100:
+    if 2 <= number < 100:
         raise OptionError(f"{expected}, got {value}: did you mean {number / 100:g}?")
     if not 0 <= number < 1:
         why = " (1.0 would leave no weight at all)" if number == 1 else ""
@@ -158,12 +164,12 @@ def _check_count(name: str, value: Any) -> int | None:
 
 
 def _check_patterns(name: str, value: Any) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else value
-    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, str) for p in patterns):
+    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
         raise OptionError(f"{name} must be a shell pattern over module names or a list of them, got {value!r}")
     if name == "include" and not patterns:
         raise OptionError("include must hold at least one pattern, got none: leave it out to use the default scope")
-    return tuple(patterns)
+    return patterns
 
 
 def _check_layer_types(value: Any) -> tuple[type[nn.Module], ...]:

@@ -5,18 +5,20 @@ Both check everything first and change the model afterwards, so a call that fail
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .control import SparsityController, controllers_of
-from .errors import IksError, IksWarning
+from .errors import IksError, IksWarning, OptionError
 from .laws import count_for, project
 from .layers import Gated, GateSettings, Goal, gated_layers, new_threshold, open_gate, remove_gate
-from .measure import all_shifts, unique, zeros_in
+from .measure import all_shifts, count_weights, unique, zeros_in
 from .options import Options, check_sparsity
 from .selection import select
 
@@ -52,7 +54,9 @@ def sparsify(
     ever. The returned controller steps itself with the optimizer and need not be kept.
 
     Args:
-        model: any module; its convolutions get gates and keep their weights, names, hooks and everything else.
+        model: any module; its convolutions get gates and keep their weights, names, hooks and everything else. A
+            deep copy of a rewritten model, or one that was unpickled, has gates but no controller: it gets a new one,
+            and its layers and thresholds stay as they are (`include`, `exclude` and `layer_types` do not matter).
         target_sparsity: the fraction of the rewritten layers' weights that shall be zero, in [0, 1).
         max_bytes: the size that the compact file may have (not available yet).
         include: shell patterns over qualified module names; only matching layers are rewritten. A pattern that
@@ -92,8 +96,18 @@ def sparsify(
         threshold_init=threshold_init,
         unknown=unknown,
     )
+    if isinstance(model, nn.Module):
+        orphans = gated_layers(model)
+        if orphans and not controllers_of(orphans.values()):
+            return _adopt(model, orphans, options)
     selection = select(model, options)
-    goal = Goal(options.target_sparsity)
+    weights = {id(layer._parameters["weight"]): layer for layer in selection.chosen.values()}
+    goal = Goal(options.target_sparsity, count_weights(weights.values()))
+    if count_for(goal.target_sparsity, goal.weights) == goal.weights:
+        raise OptionError(
+            f"target_sparsity {goal.target_sparsity} of {goal.weights} weights, rounded, is all of them: "
+            "none would be left"
+        )
     settings = GateSettings(options.granularity, options.threshold_init, goal)
     thresholds: dict[nn.Parameter, nn.Parameter] = {}
     for layer in selection.chosen.values():
@@ -110,7 +124,28 @@ def sparsify(
     for layer in selection.chosen.values():
         open_gate(layer, thresholds[layer._parameters["weight"]], settings)  # type: ignore[index]
         layer.__dict__[REWRITTEN] = True
+    _forget_compiled_graphs()
     return SparsityController(model, gated_layers(model), goal, options)
+
+
+def _adopt(model: nn.Module, layers: dict[str, Gated], options: Options) -> SparsityController:
+    """A controller for layers that are gated already and have none: a copy, or a model out of a file or a process."""
+    granularities = {layer._iks.granularity for layer in layers.values()}
+    if granularities != {options.granularity}:
+        raise OptionError(
+            f"the model is rewritten already, with granularity {' and '.join(map(repr, sorted(granularities)))}, "
+            f"got {options.granularity!r}: give that, or finalize(model) before a new sparsify"
+        )
+    goal = Goal(options.target_sparsity, count_weights(unique(layers).values()))
+    for layer in layers.values():
+        layer._iks = replace(layer._iks, goal=goal)
+    return SparsityController(model, layers, goal, options)
+
+
+def _forget_compiled_graphs() -> None:
+    """Have `torch.compile` trace again: in old versions it does not notice that the class of a module has changed."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Module:
@@ -138,21 +173,16 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
     layers = gated_layers(model)
     if not layers:
         raise IksError("the model is not rewritten: it has no sparse layers. Call iks_plugin.sparsify before finalize")
-    controllers = controllers_of(layers.values())
-    for controller in controllers:
-        if not controller.drives_only(layers.values()):
-            raise IksError(
-                "this is only a part of a rewritten model, and the target counts over all of it: finalize that"
-            )
     projected = projected_weights(layers, target)
 
-    for controller in controllers:
+    for controller in controllers_of(layers.values()):
         controller.detach()
     with torch.no_grad():
         for layer, weight in projected.items():
             layer.raw_weight.copy_(weight)
     for layer in layers.values():
         remove_gate(layer)
+    _forget_compiled_graphs()
     return model
 
 
@@ -169,11 +199,16 @@ def projected_weights(layers: dict[str, Gated], target_sparsity: float | None = 
     result: dict[Gated, Tensor] = {}
     for goal, members in by_goal.items():
         target = goal.target_sparsity if target_sparsity is None else target_sparsity
+        if count_weights(members.values()) != goal.weights:
+            raise IksError(
+                f"this is only a part of a rewritten model ({count_weights(members.values()):,} of {goal.weights:,} "
+                "weights), and the target counts over all of it: finalize the whole"
+            )
         shifts = all_shifts(members)
         gated = [layer.weight for layer in members.values()]
         raw = [layer.raw_weight.detach() for layer in members.values()]
         zeros = count_for(target, shifts.numel())
-        projected = project(gated, raw, shifts, zeros) if zeros else raw
+        projected = raw if target_sparsity == 0 else project(gated, raw, shifts, zeros)
         if target_sparsity is None:
             _warn_if_far(zeros_in(gated), zeros, shifts.numel())
         _warn_if_short(zeros_in(projected), zeros)
@@ -188,7 +223,7 @@ def _warn_if_far(reached: int, zeros: int, weights: int) -> None:
             f"{abs(zeros - reached):,} of {weights:,} weights are changed without training, which costs quality. "
             "Train longer, or pass total_steps (or a shorter ramp_steps) to sparsify",
             IksWarning,
-            stacklevel=4,
+            stacklevel=5,  # past no_grad's wrapper, to the caller of finalize
         )
 
 
@@ -198,5 +233,5 @@ def _warn_if_short(reached: int, zeros: int) -> None:
             f"{reached - zeros:,} more weights are zero than the target asks for: they were zero before the gate and "
             "have no value to come back to",
             IksWarning,
-            stacklevel=4,
+            stacklevel=5,  # past no_grad's wrapper, to the caller of finalize
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .errors import IksError, OptionError
-from .layers import Gated, sparse_class, threshold_shape
+from .layers import GATE_ATTRIBUTES, Gated, sparse_class, threshold_shape
 from .options import Options, near_misses
 from .reparam import written_layers
 
@@ -155,12 +155,17 @@ def _unfit(name: str, module: nn.Module) -> str | None:
         return f"unsupported type: its weight is {weight.dtype}"
     if hasattr(type(module), "weight"):
         return f"unsupported type: {type(module).__name__} defines weight by itself"
+    for attribute in GATE_ATTRIBUTES:
+        if hasattr(module, attribute):
+            return f"unsupported type: it has an attribute {attribute!r} of its own"
     try:
         sparse_class(type(module))
-    except TypeError:
+    except Exception:  # whatever a class makes of being subclassed
         return f"unsupported type: {type(module).__name__} cannot be subclassed"
     if not weight.requires_grad:
         return "frozen: its weight does not require gradients"
+    if not torch.isfinite(weight.detach()).all():
+        raise IksError(f"layer {name!r} has weights that are not finite: initialise or load it before sparsify")
     if not torch.count_nonzero(weight.detach()):
         return "all zero: under a soft threshold a zero weight would never get a gradient"
     return None

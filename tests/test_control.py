@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -114,8 +115,11 @@ def test_a_loaded_state_brings_its_target_and_schedule():
         ({"weights": 7}, "weights expected 4608, got 7"),
         ({"version": 99}, "version expected 1, got 99"),
         ({"target_sparsity": 80}, "target_sparsity in the controller state must be a number in .*did you mean 0.8"),
-        ({"steps": None}, "steps expected int, got None: the state is damaged"),
-        ({"ramp_steps": "x"}, "ramp_steps expected int, got 'x': the state is damaged"),
+        ({"steps": None}, "steps has the impossible value None: the state is damaged"),
+        ({"ramp_steps": "x"}, "ramp_steps has the impossible value 'x': the state is damaged"),
+        ({"interval": 0}, "interval has the impossible value 0"),
+        ({"total_steps": True}, "total_steps has the impossible value True"),
+        ({"start_sparsity": 2.0}, "start_sparsity has the impossible value 2.0"),
         (None, "expected the keys .*got none for .'granularity', 'interval'"),
     ],
 )
@@ -126,6 +130,17 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(change, messag
     with pytest.raises(IksError, match=message):
         controller.load_state_dict({} if change is None else {**before, **change})
     assert controller.state_dict() == before
+
+
+def test_a_state_of_an_earlier_time_or_another_schedule_loads():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.5, total_steps=40)
+    early = controller.state_dict()
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 20)
+    controller.load_state_dict(early)
+    assert controller.state_dict() == early
+    controller.load_state_dict({**early, "total_steps": None, "ramp_steps": 7, "start_sparsity": 0.25, "steps": 3})
+    assert controller.steps == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -148,6 +163,19 @@ def test_weights_that_are_not_finite_stop_the_training_by_name(value, tensor, op
         for layer, old in zip((model[2], model[4]), thresholds, strict=True)
     )
     assert controller.steps == 10
+
+
+def test_the_dial_turns_under_the_law_of_the_paper_once_its_training_is_over():
+    model = toys.plain_sr(32)
+    controller = iks_plugin.sparsify(model, 0.8, law="paper", epoch_steps=1, total_steps=40)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    toys.train(model, optimizer, 30)
+    before = controller.sparsity
+    controller.target_sparsity = 0.9
+    assert controller.sparsity == before
+    toys.train(model, optimizer, 10)
+    controller.target_sparsity = 0.95
+    assert controller.sparsity == pytest.approx(0.95, abs=0.001)
 
 
 def test_the_dial_gives_any_sparsity_without_training():
@@ -225,6 +253,64 @@ def test_a_model_whose_layers_were_all_replaced_does_not_disturb_others():
     model[2] = model[4] = nn.Identity()
     gc.collect()
     iks_plugin.finalize(other, 0.5)
+
+
+def test_a_model_whose_layers_were_replaced_lets_other_optimizers_step():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8)
+    model[2] = model[4] = nn.Identity()
+    other = nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(other.parameters(), 1e-3)
+    for _ in range(12):
+        other(torch.ones(4)).sum().backward()
+        optimizer.step()
+
+
+def test_the_module_given_may_be_a_passing_one():
+    nets = [toys.plain_sr(), toys.plain_sr()]
+    controller = iks_plugin.sparsify(nn.ModuleList(nets), 0.8, ramp_steps=10)
+    gc.collect()
+    toys.train(nn.Sequential(*nets), torch.optim.Adam([p for net in nets for p in net.parameters()], 1e-3), 20)
+    assert controller.steps == 20 and controller.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_tied_weights_are_counted_and_driven_once():
+    model = toys.TiedConvs()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 20, channels=8)
+    assert controller.sparsity == pytest.approx(0.8, abs=1 / 576)
+    assert controller.state_dict()["weights"] == 576
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_gets_a_controller_of_its_own_by_sparsify(copied):
+    model = toys.plain_sr()
+    original = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 5)
+    other = copied(model)
+    thresholds = other[2].threshold.clone()
+    controller = iks_plugin.sparsify(other, 0.5, ramp_steps=10)
+    assert torch.equal(other[2].threshold, thresholds) and original.target_sparsity == 0.8
+    toys.train(other, torch.optim.Adam(other.parameters(), 1e-3), 20)
+    assert controller.sparsity == pytest.approx(0.5, abs=1e-3) and original.steps == 5
+    iks_plugin.finalize(other)
+
+
+def test_a_copy_is_not_adopted_with_another_granularity():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8, granularity="kernel")
+    with pytest.raises(iks_plugin.OptionError, match="rewritten already, with granularity 'kernel', got 'weight'"):
+        iks_plugin.sparsify(copy.deepcopy(model), 0.8)
+
+
+def test_counting_by_hand_as_well_is_warned_of_once():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 2)
+    with pytest.warns(iks_plugin.IksWarning, match="counts a step that the controller has counted by itself"):
+        controller.step()
 
 
 def test_a_finalized_model_needs_a_new_rewrite():

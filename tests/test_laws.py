@@ -113,6 +113,29 @@ def test_a_projection_is_exact_in_every_dtype(dtype):
         assert projected.dtype == dtype and (projected == 0).sum() == wanted
 
 
+def test_ties_that_cannot_be_met_are_left_where_they_are_nearest():
+    weight = torch.tensor([0.1] * 10 + [0.2] * 10 + [0.3] * 10)
+    threshold = torch.full((30,), -12.0)
+    shifts = laws.critical_shifts(weight, threshold)
+    for wanted, reached in ((3, 0), (7, 10), (12, 10), (17, 20), (30, 30)):
+        shift = laws.shift_for(shifts, 0, wanted)
+        assert int((soft_threshold(weight, threshold + shift) == 0).sum()) == reached
+    held = threshold + laws.shift_for(shifts, 0, 10)
+    assert laws.shift_for(laws.critical_shifts(weight, held), 10, 12) == 0
+    assert laws.shift_for(laws.critical_shifts(weight, held), 10, 8) == 0
+
+
+@pytest.mark.parametrize("k", [1, 7, 20])
+def test_order_statistics_also_where_only_sorting_is_deterministic(k):
+    values = torch.randn(20)
+    expected = laws.kth_smallest(values, k)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert laws.kth_smallest(values, k) == expected == values.sort().values[k - 1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_ties_are_broken_so_that_the_count_is_exact():
     weight = torch.full((100,), 0.25)
     threshold = torch.full((100,), -12.0)

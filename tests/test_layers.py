@@ -207,6 +207,36 @@ def test_functional_call_uses_the_parameters_it_is_given():
     assert torch.equal(torch.func.functional_call(layer, dict(other.named_parameters()), (x,)), other(x))
 
 
+def test_works_under_the_transforms_of_torch_func():
+    layer = rewritten(nn.Conv2d(8, 8, 3))
+    toys.spread_thresholds(layer)
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+    x = torch.randn(5, 8, 9, 9)
+
+    def loss(values, image):
+        return torch.func.functional_call(layer, values, (image[None],)).square().sum()
+
+    layer(x[:1]).square().sum().backward()
+    gradients = torch.func.grad(loss)(parameters, x[0])
+    torch.testing.assert_close(gradients["threshold"], layer.threshold.grad)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    torch.testing.assert_close(each["threshold"][0], layer.threshold.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_half_checkpoint_that_is_assigned_leaves_thresholds_in_float32():
+    layer = rewritten(nn.Conv2d(8, 8, 3))
+    state = {name: value.half() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.raw_weight.dtype == torch.float16 and layer.threshold.dtype == torch.float32
+
+
+def test_a_model_in_channels_last_keeps_it():
+    model = toys.plain_sr().to(memory_format=torch.channels_last)
+    iks_plugin.sparsify(model, 0.5)
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[2].threshold.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_blocks_that_read_the_weight_agree_between_train_and_eval():
     block = toys.ReadsWeightByHand()
     iks_plugin.sparsify(block, 0.5)

@@ -58,6 +58,42 @@ def test_two_models_each_have_their_own_controller():
     assert [controller.sparsity for controller in controllers] == pytest.approx([0.5, 0.9], abs=1e-3)
 
 
+class CallsItsParent(torch.optim.Adam):
+    """Its step calls the step of the class above, which has hooks of its own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_within_a_step_counts_once():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8)
+    toys.train(model, CallsItsParent(model.parameters(), 1e-3), 5)
+    assert controller.steps == 5
+
+
+def test_steps_count_where_the_first_layer_is_frozen():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    model[2].requires_grad_(False)
+    toys.train(model, torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 1e-3), 10)
+    assert controller.steps == 10 and controller.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_groups_that_change_in_the_middle_are_looked_at_again():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, exclude="4")
+    optimizer = torch.optim.AdamW([model[0].weight], 1e-3, weight_decay=0.0)
+    toys.train(model, optimizer, 3)
+    assert controller.steps == 0
+    optimizer.add_param_group({"params": [model[2].raw_weight, model[2].threshold]})
+    toys.train(model, optimizer, 3)
+    assert controller.steps == 3
+    optimizer.param_groups[1]["weight_decay"] = 0.5
+    with pytest.warns(IksWarning, match="has weight decay on the thresholds"):
+        toys.train(model, optimizer, 3)
+
+
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="this torch has no GradScaler for the CPU")
 def test_a_step_that_the_grad_scaler_skips_does_not_count():
     model = toys.plain_sr()
@@ -106,6 +142,29 @@ assert abs(controller.sparsity - 0.8) < 0.001, controller.sparsity
 def test_steps_count_with_torch_compile_in_any_order(order):
     """Each in a process of its own: torch 2.1 and 2.2 strip the step hooks at the first compile of a process."""
     subprocess.run([sys.executable, "-c", COMPILED.replace("ORDER", order)], check=True)
+
+
+COMPILED_EARLY = """
+import torch, iks_plugin
+model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3))
+network = torch.compile(model, backend="aot_eager")
+x = torch.randn(1, 8, 8, 8)
+network(x)
+iks_plugin.sparsify(model, 0.8, ramp_steps=5, interval=1)
+optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+for _ in range(10):
+    optimizer.zero_grad()
+    network(x).square().mean().backward()
+    assert model[0].threshold.grad is not None
+    optimizer.step()
+torch.testing.assert_close(network(x), model(x))
+iks_plugin.finalize(model)
+torch.testing.assert_close(network(x), model(x))
+"""
+
+
+def test_a_network_that_was_compiled_and_run_before_follows_both_changes():
+    subprocess.run([sys.executable, "-c", COMPILED_EARLY], check=True)
 
 
 def stale(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, iks_plugin.SparsityController]:
@@ -199,8 +258,10 @@ def test_a_failing_step_does_not_leave_the_groups_split():
     def failing_closure() -> float:
         raise RuntimeError("no data")
 
+    saved = optimizer.state_dict()
     with pytest.warns(IksWarning), pytest.raises(RuntimeError, match="no data"):
         optimizer.step(failing_closure)
+    assert optimizer.state_dict() == saved
     toys.train(model, optimizer, 1)
     assert [list(map(id, group["params"])) for group in optimizer.param_groups] == [list(map(id, g)) for g in groups]
 

@@ -51,6 +51,15 @@ WRONG = {
         "ramp_steps belongs to law='exact'",
     ),
     "no epochs": (dict(target_sparsity=0.8, law="paper"), "law='paper' acts every 10 epochs.*give epoch_steps"),
+    "short paper": (
+        dict(target_sparsity=0.8, law="paper", epoch_steps=100, total_steps=1500),
+        "acts every 1000 steps, and not in the last 1000: it would never act within total_steps=1500",
+    ),
+    "nothing left": (
+        dict(target_sparsity=0.9999),
+        "0.9999 of 4608 weights, rounded, is all of them: none would be left",
+    ),
+    "between": (dict(target_sparsity=1.5), r"got 1.5: give the fraction"),
     "init": (dict(target_sparsity=0.8, threshold_init=0), r"threshold_init must be a number in \[-60, 0\), got 0"),
     "include type": (dict(target_sparsity=0.8, include=3), "include must be a shell pattern.*got 3"),
     "include nothing": (dict(target_sparsity=0.8, include=[]), "include must hold at least one pattern, got none"),
@@ -78,7 +87,7 @@ def test_wrong_options_are_refused_and_nothing_changes(options, message):
     assert all(type(layer) in (nn.Conv2d, nn.ReLU) and "threshold" not in layer._parameters for layer in model)
 
 
-@pytest.mark.parametrize("target", [0, 0.0, 0.5, np.float32(0.5), np.float64(0.999), 0.9999])
+@pytest.mark.parametrize("target", [0, 0.0, 0.5, np.float32(0.5), np.float64(0.99), 0.999])
 def test_numbers_of_every_kind_are_targets(target):
     controller = iks_plugin.sparsify(toys.plain_sr(), target)
     assert controller.target_sparsity == float(target) and type(controller.target_sparsity) is float

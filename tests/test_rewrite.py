@@ -47,6 +47,15 @@ def test_zeros_are_exact_whatever_the_training_did(target):
         assert zeros(model) == round(target * 2 * 24 * 24 * 9)
 
 
+def test_a_target_of_zero_that_is_met_does_not_change_the_output_either():
+    model = trained(0)
+    assert zeros(model) == 0
+    x = torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    iks_plugin.finalize(model)
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_where_the_target_is_met_the_output_does_not_change_by_a_bit(train):
     model = trained(0.8).train(train)
@@ -153,8 +162,9 @@ def test_training_goes_on_with_the_same_optimizer_after_finalize():
 def test_a_short_training_is_warned_of_with_figures():
     model = toys.plain_sr()
     iks_plugin.sparsify(model, 0.8)
-    with pytest.warns(IksWarning, match=r"training ended at 0.0% zeros, and the target is 80.0%: .* of 4,608 weights"):
+    with pytest.warns(IksWarning, match=r"at 0.0% zeros, and the target is 80.0%: .* of 4,608 weights") as caught:
         iks_plugin.finalize(model)
+    assert caught[0].filename == __file__
 
 
 def test_too_many_raw_zeros_are_warned_of():
@@ -185,9 +195,10 @@ def test_a_model_that_is_not_rewritten_cannot_be_finalized():
 def test_a_part_of_a_model_cannot_be_finalized():
     model = toys.plain_sr()
     iks_plugin.sparsify(model, 0.5)
-    with pytest.raises(IksError, match="only a part of a rewritten model"):
-        iks_plugin.finalize(model[:4])
-    assert len(gated_layers(model)) == 2
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(IksError, match=r"only a part of a rewritten model .2,304 of 4,608 weights."):
+            iks_plugin.finalize(each[:4])
+        assert len(gated_layers(each)) == 2
 
 
 @pytest.mark.parametrize("target", [None, 0, 0.5])

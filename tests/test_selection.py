@@ -52,6 +52,7 @@ def nested() -> nn.Module:
     [
         ({}, ["body.block1.2", "body.block1.4", "body.block2.2", "body.block2.4"]),
         ({"include": "body.block1.*", "exclude": "*.0"}, ["body.block1.2", "body.block1.4", "body.block1.5"]),
+        ({"include": iter(["body.block2.2"])}, ["body.block2.2"]),
         ({"include": ["body.block2"], "exclude": ["*.0", "*.5"]}, ["body.block2.2", "body.block2.4"]),
         ({"include": "head"}, ["head"]),
         ({"exclude": "body.block1"}, ["body.block2.2", "body.block2.4"]),
@@ -109,8 +110,56 @@ def test_patterns_that_match_nothing_are_refused_with_the_near_misses(options, m
 )
 def test_models_that_cannot_be_rewritten(make, message):
     model = make()
+    before = repr(model)
     with pytest.raises(IksError, match=message):
         iks_plugin.sparsify(model, 0.5)
+    assert repr(model) == before
+
+
+class HasThreshold(nn.Conv2d):
+    def __init__(self, threshold: object) -> None:
+        super().__init__(8, 8, 3)
+        self.threshold = threshold
+
+
+class RefusesSubclasses(nn.Conv2d):
+    def __init_subclass__(cls) -> None:
+        raise ValueError("final")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: HasThreshold(0.5), "unsupported type: it has an attribute 'threshold' of its own"),
+        (
+            lambda: HasThreshold(nn.Parameter(torch.ones(1))),
+            "unsupported type: it has an attribute 'threshold' of its own",
+        ),
+        (lambda: RefusesSubclasses(8, 8, 3), "unsupported type: RefusesSubclasses cannot be subclassed"),
+    ],
+)
+def test_layers_that_a_gate_would_break_are_left_alone(make, reason):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), make())
+    keys = list(model.state_dict())
+    assert rewritten(model) == ["0"] and reasons(model) == {"1": reason}
+    iks_plugin.finalize(model, 0.5)
+    assert list(model.state_dict()) == keys
+
+
+def test_weights_that_are_not_finite_are_refused_at_once():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    nn.init.constant_(model[0].weight, float("nan"))
+    with pytest.raises(IksError, match="layer '0' has weights that are not finite"):
+        iks_plugin.sparsify(model, 0.5)
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_a_second_rewrite_forgets_the_first():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5)
+    iks_plugin.finalize(model, 0.5)
+    rewritten(model, include="4")
+    assert [row.name for row in iks_plugin.report(model).layers if row.rewritten] == ["4"]
 
 
 def test_a_model_that_is_rewritten_already():
