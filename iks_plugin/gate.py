@@ -60,6 +60,7 @@ class _SoftThreshold(torch.autograd.Function):
         alive_grad = grad * (precise.abs() > cut)
         grad_threshold = None
         if ctx.needs_input_grad[1]:
-            per_weight = -alive_grad.to(precise.dtype) * torch.sign(precise) * (cut * (1 - cut))
+            grad_cut = alive_grad.to(precise.dtype) * -torch.sign(precise)
+            per_weight = torch.ops.aten.sigmoid_backward(grad_cut, cut)  # grad_cut * cut * (1 - cut) in one launch
             grad_threshold = per_weight.sum_to_size(threshold.shape).to(threshold.dtype)
         return (alive_grad if ctx.needs_input_grad[0] else None), grad_threshold
