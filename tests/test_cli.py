@@ -1,0 +1,159 @@
+"""The `iks` command: in this process where that shows as much, and in one of its own where signals matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import iks_plugin
+from iks_plugin.__main__ import INTERRUPTED, WRONG_USE, main
+
+ROOT = Path(iks_plugin.__file__).parents[1]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "iks_plugin", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], line_start: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(line_start):
+            return
+    pytest.fail(f"{line_start!r} was never printed")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"iks-plugin {iks_plugin.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], ["demo", "--version"]),
+        (["demo", "--help"], ["--data", "--quick", "(default: iks-demo)", "(default: 0.9)", "(default: 0)", "Ctrl-C"]),
+    ],
+)
+def test_help_tells_commands_and_defaults(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert [part for part in expected if part not in text] == []
+
+
+def test_the_steps_that_help_tells_are_the_real_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    from iks_plugin.demo.recipe import QUICK_STEPS, STEPS
+
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert f"(default: {STEPS}; {QUICK_STEPS} with --quick)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["dmeo"], ["demo", "--target", "most"], ["demo", "--no-such-option"]])
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == WRONG_USE
+    assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "90"], "did you mean 0.9?"),
+        (["--target", "1"], "target_sparsity must be a number in [0, 1), got 1.0"),
+        (["--steps", "3"], "steps must be a whole number of at least 20, got 3"),
+        (["--seed", "-3"], "seed must be a whole number"),
+        (["--threads", "0"], "threads must be a whole number of at least 1, got 0"),
+        (["--data", "no-such-folder"], "--data no-such-folder does not exist"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["demo", "--quick", "--out", str(tmp_path / "out"), *arguments]) == WRONG_USE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("iks: error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+def test_importing_the_package_imports_neither_the_demo_nor_what_it_needs() -> None:
+    code = (
+        "import sys, iks_plugin, iks_plugin.__main__\n"
+        "loaded = {name.split('.')[0] for name in sys.modules} & {'PIL', 'skimage', 'matplotlib'}\n"
+        "assert not loaded, loaded\n"
+        "assert 'iks_plugin.demo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+def test_quick_demo_in_its_own_process(tmp_path: Path) -> None:
+    process = start("demo", "--quick", "--target", "0.75", "--out", str(tmp_path / "out"))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err == ""  # no progress bar in a pipe, no warning
+    assert "astronaut  chelsea  coffee" in out
+    assert "75.00% (target 75.00%)" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["sparse"]["rewritten"]["sparsity"] == 0.75
+    assert results["photos"]["held_out"] == ["astronaut", "chelsea", "coffee"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("steps", "line", "candidates"),
+    [
+        (100_000, "training: steps 1 ", {"bicubic", "dense"}),
+        (1000, "training: steps 201 ", {"bicubic", "dense", "sparse"}),
+    ],
+)
+def test_ctrl_c_stops_the_training_and_writes_what_there_is(
+    tmp_path: Path, steps: int, line: str, candidates: set[str]
+) -> None:
+    process = start("demo", "--quick", "--steps", str(steps), "--out", str(tmp_path / "out"))
+    wait_for(process, line)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == INTERRUPTED
+    assert err == ""
+    assert "interrupted at step " in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["interrupted"] is True
+    assert set(results["psnr_y"]) == candidates
+    assert 0 < results["psnr_y"]["dense"]["steps"] < steps
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_aborts(tmp_path: Path) -> None:
+    process = start("demo", "--quick", "--steps", "100000", "--out", str(tmp_path / "out"))
+    wait_for(process, "training: steps 1 ")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "interrupted: comparing")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == INTERRUPTED
+    assert err == "iks: aborted\n"
