@@ -44,7 +44,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="train a small EDSR x2 on photographs, dense and sparse, and compare the two",
         description="Train a small EDSR x2 on photographs, dense and sparse for equally many steps, and compare both "
-        "with bicubic interpolation on photographs that were held out. Takes about 3 minutes on two cores. "
+        "with bicubic interpolation on photographs that were held out. Takes 2 to 4 minutes on two cores. "
         "Ctrl-C stops the training; what exists by then is compared and written. A second Ctrl-C aborts.",
     )
     parser.set_defaults(command=_demo)
