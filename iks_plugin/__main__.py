@@ -86,7 +86,9 @@ def _add_demo(commands: Any) -> None:
         "--threads",
         metavar="N",
         type=int,
-        help="CPU threads (default: torch's choice, one per core)",
+        default=1,
+        help="CPU threads for each of the two networks, which train at the same time: 1 keeps two cores busy "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--quick",

@@ -40,7 +40,7 @@ def run(
     steps: int | None = None,
     seed: int = 0,
     quick: bool = False,
-    threads: int | None = None,
+    threads: int = 1,
     say: Say = say_aloud,
 ) -> Outcome | None:
     """Train a dense and a sparse EDSR, compare them on held-out photographs, and write what there is to see.
@@ -49,7 +49,8 @@ def run(
     side, with the same batches and learning rates, to the same number of steps. The same seed gives the same result on
     the same machine with the same number of threads.
 
-    The first Ctrl-C stops the training only: what exists by then is compared and written. A second one aborts.
+    The first Ctrl-C stops the training only: what exists by then is compared and written, the sparse network with the
+    zeros that it has by then. A second one aborts.
 
     Args:
         out: folder for the pictures, the figures and the state dicts; made where it does not exist.
@@ -58,7 +59,7 @@ def run(
         steps: optimizer steps of each network, at least 20.
         seed: in [0, 2**63).
         quick: train a tiny network for seconds instead.
-        threads: CPU threads for torch; default torch's own choice.
+        threads: CPU threads for each of the two networks, which train at the same time.
         say: takes each line or paragraph of output.
 
     Returns:
@@ -69,8 +70,7 @@ def run(
     """
     target = check_sparsity(target_sparsity)
     recipe = make_recipe(steps, seed, quick)
-    if threads is not None:
-        check_count("threads", threads, 1)
+    check_count("threads", threads, 1)
     for module, package in (("PIL.Image", "Pillow"), ("matplotlib.figure", "matplotlib"), ("tqdm", "tqdm")):
         require(module, package)
     folder = make_folder(Path(out))
@@ -115,13 +115,20 @@ def _train_all(photos: PhotoSet, recipe: Recipe, target: float, interrupt: Inter
 def _evaluate(
     learners: dict[str, Learner], photos: PhotoSet, recipe: Recipe, target: float, interrupt: Interrupt
 ) -> Outcome:
-    """Finalize the sparse network, if there is one, and let every candidate enlarge the held-out photographs."""
+    """Finalize the sparse network, if there is one, and let every candidate enlarge the held-out photographs.
+
+    A sparse network that was interrupted on its way to the target keeps the sparsity it has: cut to the target
+    untrained, it would lose what it has learned.
+    """
     notes: list[str] = []
     report = None
     if "sparse" in learners:
+        network = learners["sparse"].network
+        unfinished = learners["sparse"].steps_done < recipe.steps
+        reachable = min(target, iks_plugin.report(network).sparsity) if unfinished else target
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", IksWarning)
-            network = iks_plugin.finalize(learners["sparse"].network)
+            iks_plugin.finalize(network, reachable if reachable < target else None)
         notes = [str(warning.message) for warning in caught if issubclass(warning.category, IksWarning)]
         report = iks_plugin.report(network)
     candidates = [judge("bicubic", None, [enlarge_bicubic(photo) for photo in photos.held_out], photos)]
@@ -141,10 +148,9 @@ def _announcement(photos: PhotoSet, recipe: Recipe, target: float) -> str:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from .photos import SCALE, PhotoSet, Pixels
 from .quality import psnr_y
 from .recipe import Recipe
 
-NAME_WIDTH = 16
+NAME_WIDTH = 20
 
 
 @dataclass(frozen=True)

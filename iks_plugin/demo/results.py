@@ -63,9 +63,9 @@ def write(outcome: Outcome, learners: dict[str, Learner], folder: Path) -> dict[
 
 def tell(outcome: Outcome, folder: Path, written: dict[str, str], seconds: float, say: Say) -> None:
     """Say what came out, what `write` has written, and what an interrupt has cut short."""
-    say(f"\n{outcome.table()}\n")
+    say(f"\n{outcome.table()}")
     if outcome.report is not None:
-        say(outcome.summary())
+        say(f"\n{outcome.summary()}")
     for note in outcome.notes:
         say(f"note: {note}")
     say(f"\nwritten to {folder} in {seconds:.0f} s:")
@@ -87,8 +87,9 @@ def _interruption(outcome: Outcome) -> str:
             "the figures are those of a half-trained dense network alone"
         )
     if min(done.values()) < total:
+        reached = outcome.report.sparsity if outcome.report else 0.0
         return (
             f"interrupted at step {min(done.values()):,} of {total:,}: the figures are those of half-trained networks, "
-            "and the sparse one was cut to its target early"
+            f"and the sparse one had {reached:.2%} zeros by then"
         )
     return "interrupted after the last training step: nothing is missing"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -45,17 +48,25 @@ def train(
 ) -> None:
     """Take every learner to step `until`, all with the same batches and learning rates; stop early on an interrupt.
 
-    Several learners advance in turn, so that an interrupt finds them at the same step.
+    The learners work at the same time and wait for each other after every step, so that an interrupt finds them at the
+    same one. Two networks on a thread each use two cores as well as one network on two threads does. But the latter is
+    many times slower as soon as another program wants a core, because torch's threads wait for each other in every
+    layer, and spin while they wait.
     """
     start = min(learner.steps_done for learner in learners.values())
-    with progress_bar(range(start, until), title, unit="step") as steps:
+    threads = torch.get_num_threads()
+    with (
+        ThreadPoolExecutor(len(learners), initializer=torch.set_num_threads, initargs=(threads,)) as pool,
+        progress_bar(range(start, until), title, unit="step") as steps,
+    ):
         for step in steps:
             if interrupt.requested:
                 return
             batch = make_batch(photos, recipe, step)
-            losses = {name: learner.learn(batch, recipe.lr_at(step)) for name, learner in learners.items()}
+            losses = list(pool.map(Learner.learn, learners.values(), repeat(batch), repeat(recipe.lr_at(step))))
             if step % 20 == 0:
-                steps.set_postfix({f"{name} loss": f"{loss:.4f}" for name, loss in losses.items()}, refresh=False)
+                postfix = {f"{name} loss": f"{loss:.4f}" for name, loss in zip(learners, losses, strict=True)}
+                steps.set_postfix(postfix, refresh=False)
 
 
 def make_batch(photos: tuple[Photo, ...], recipe: Recipe, step: int) -> Batch:
