@@ -37,7 +37,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class _SoftThreshold(torch.autograd.Function):
-    """Saves only its inputs, which live anyway, so the gate costs no memory between forward and backward."""
+    """Saves its threshold and output, which the layer keeps anyway: the gate costs no memory until backward."""
 
     generate_vmap_rule = True
 
@@ -50,17 +50,17 @@ class _SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(inputs[1], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        weight, threshold = ctx.saved_tensors
-        precise = _at_least_float32(weight)
-        cut = torch.sigmoid(_at_least_float32(threshold))
-        alive_grad = grad * (precise.abs() > cut)
+        threshold, output = ctx.saved_tensors
+        sign = torch.sign(output)  # 0 where the weight is gated to zero
+        signed_grad = grad * sign
         grad_threshold = None
         if ctx.needs_input_grad[1]:
-            grad_cut = alive_grad.to(precise.dtype) * -torch.sign(precise)
-            per_weight = torch.ops.aten.sigmoid_backward(grad_cut, cut)  # grad_cut * cut * (1 - cut) in one launch
+            cut = torch.sigmoid(_at_least_float32(threshold))
+            # -signed_grad * cut * (1 - cut), in one launch
+            per_weight = torch.ops.aten.sigmoid_backward(signed_grad.to(cut.dtype), cut.expand_as(output)).neg()
             grad_threshold = per_weight.sum_to_size(threshold.shape).to(threshold.dtype)
-        return (alive_grad if ctx.needs_input_grad[0] else None), grad_threshold
+        return (signed_grad * sign if ctx.needs_input_grad[0] else None), grad_threshold
