@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -249,9 +249,11 @@ class SparsityController:
             raise IksError("the controller's model has been finalized: rewrite it with sparsify to train it on")
         return layers
 
-    def _watched(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-        layers = self._layers_left().items()
-        return [(name, layer.raw_weight, layer.threshold) for name, layer in layers if isinstance(layer, Gated)]
+    def _watched(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        for name, reference in self._layers.items():
+            layer = reference()
+            if isinstance(layer, Gated):
+                yield name, layer.raw_weight, layer.threshold
 
 
 def controllers_of(layers: Iterable[nn.Module]) -> set[SparsityController]:

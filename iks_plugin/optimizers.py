@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class OptimizerWatcher:
     """
 
     def __init__(
-        self, pairs: Callable[[], list[tuple[str, Parameter, Parameter]]], on_step: Callable[[], None]
+        self, pairs: Callable[[], Iterable[tuple[str, Parameter, Parameter]]], on_step: Callable[[], None]
     ) -> None:
         self._pairs = pairs
         self._on_step = on_step
@@ -76,11 +76,11 @@ class OptimizerWatcher:
     def _inspect(self, optimizer: Optimizer) -> tuple[bool, bool]:
         """Whether a step of `optimizer` counts, and whether it would decay thresholds."""
         groups = optimizer.param_groups
-        pairs = self._pairs()
-        lead = next((id(t) for _, _, t in pairs if t.requires_grad), None)
+        lead = next((id(t) for _, _, t in self._pairs() if t.requires_grad), None)
         signature = (lead, *((len(group["params"]), bool(group.get("weight_decay"))) for group in groups))
         seen = self._seen.get(optimizer)
         if seen is None or seen[0] != signature:
+            pairs = list(self._pairs())
             held = {id(p): bool(group.get("weight_decay")) for group in groups for p in group["params"]}
             stale = [name for name, w, t in pairs if id(w) in held and t.requires_grad and id(t) not in held]
             if stale:

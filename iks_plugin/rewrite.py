@@ -101,7 +101,7 @@ def sparsify(
         if orphans and not controllers_of(orphans.values()):
             return _adopt(model, orphans, options)
     selection = select(model, options)
-    weights = {id(layer._parameters["weight"]): layer for layer in selection.chosen.values()}
+    weights = {id(layer._parameters["weight"]): layer for layer in selection.chosen.values()}  # tied ones once
     goal = Goal(options.target_sparsity, count_weights(weights.values()))
     if count_for(goal.target_sparsity, goal.weights) == goal.weights:
         raise OptionError(
@@ -109,12 +109,7 @@ def sparsify(
             "none would be left"
         )
     settings = GateSettings(options.granularity, options.threshold_init, goal)
-    thresholds: dict[nn.Parameter, nn.Parameter] = {}
-    for layer in selection.chosen.values():
-        weight = layer._parameters["weight"]
-        assert weight is not None
-        if weight not in thresholds:  # tied weights share one threshold
-            thresholds[weight] = new_threshold(layer, settings)
+    thresholds = {weight: new_threshold(layer, settings) for weight, layer in weights.items()}
 
     for module in model.modules():
         module.__dict__.pop(REWRITTEN, None)
@@ -122,7 +117,7 @@ def sparsify(
     for module, reason in selection.left_alone.values():
         module.__dict__[LEFT_ALONE] = reason
     for layer in selection.chosen.values():
-        open_gate(layer, thresholds[layer._parameters["weight"]], settings)  # type: ignore[index]
+        open_gate(layer, thresholds[id(layer._parameters["weight"])], settings)
         layer.__dict__[REWRITTEN] = True
     _forget_compiled_graphs()
     return SparsityController(model, gated_layers(model), goal, options)
