@@ -10,8 +10,9 @@ The method is Individual Kernel Sparsity (ACM MM 2022, doi 10.1145/3503161.35477
 
 from .control import SparsityController
 from .errors import IksError, IksWarning, OptionError
+from .options import check_options
 from .report import LayerReport, Report, report
-from .rewrite import finalize, sparsify
+from .rewrite import finalize, finalized, sparsify
 
 __version__ = "0.1.0.dev0"
 
@@ -22,7 +23,9 @@ __all__ = [
     "OptionError",
     "Report",
     "SparsityController",
+    "check_options",
     "finalize",
+    "finalized",
     "report",
     "sparsify",
 ]

@@ -35,19 +35,19 @@ class Options:
     @staticmethod
     def check(
         *,
-        target_sparsity: Any,
-        max_bytes: Any,
-        include: Any,
-        exclude: Any,
-        layer_types: Any,
-        granularity: Any,
-        law: Any,
-        total_steps: Any,
-        ramp_steps: Any,
-        epoch_steps: Any,
-        interval: Any,
-        threshold_init: Any,
-        unknown: dict[str, Any],
+        target_sparsity: Any = None,
+        max_bytes: Any = None,
+        include: Any = None,
+        exclude: Any = (),
+        layer_types: Any = None,
+        granularity: Any = "weight",
+        law: Any = "exact",
+        total_steps: Any = None,
+        ramp_steps: Any = None,
+        epoch_steps: Any = None,
+        interval: Any = None,
+        threshold_init: Any = -12.0,
+        **unknown: Any,
     ) -> Options:
         """Raise an `OptionError` that names the offending option, or return all of them in their final types."""
         known = {field.name for field in fields(Options)} | {"max_bytes"}
@@ -96,6 +96,14 @@ class Options:
             threshold_init=_check_threshold_init(threshold_init),
             **counts,
         )
+
+
+def check_options(**options: Any) -> None:
+    """Raise the `OptionError` that `sparsify` would raise for these keyword arguments, whatever the model.
+
+    For code that reads options from a file and wants to refuse wrong ones before it starts anything.
+    """
+    Options.check(**options)
 
 
 def check_sparsity(value: Any, name: str = "target_sparsity") -> float:

@@ -1,13 +1,15 @@
 """The two changes to a user's model: `sparsify` puts gates before its convolutions, `finalize` takes them out again.
 
-Both check everything first and change the model afterwards, so a call that fails leaves it as it was.
+`finalized` takes them out for a while. All check everything first and change the model afterwards, so a call that
+fails leaves it as it was.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +96,7 @@ def sparsify(
         epoch_steps=epoch_steps,
         interval=interval,
         threshold_init=threshold_init,
-        unknown=unknown,
+        **unknown,
     )
     if isinstance(model, nn.Module):
         orphans = gated_layers(model)
@@ -164,11 +166,8 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
     Warns:
         IksWarning: training ended far from the target, or cannot have reached it.
     """
-    target = None if target_sparsity is None else check_sparsity(target_sparsity)
-    layers = gated_layers(model)
-    if not layers:
-        raise IksError("the model is not rewritten: it has no sparse layers. Call iks_plugin.sparsify before finalize")
-    projected = projected_weights(layers, target)
+    layers = _layers_to_finalize(model)
+    projected = projected_weights(layers, _checked(target_sparsity), warn=True)
 
     for controller in controllers_of(layers.values()):
         controller.detach()
@@ -181,12 +180,62 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
     return model
 
 
+@contextmanager
+def finalized(model: nn.Module, target_sparsity: float | None = None) -> Iterator[nn.Module]:
+    """While it lasts, `model` is what `finalize` would make of it; afterwards it trains on as if nothing had been.
+
+        with iks_plugin.finalized(model):
+            torch.save(model.state_dict(), "plain.pth")  # plain keys, exactly the target's zeros
+            score = validate(model)                      # of what has just been saved
+
+    The module and parameter objects stay the same ones, so it works within any wrapper and beside any optimizer. What
+    is loaded into the model meanwhile is lost, and it must not be trained.
+
+    Args:
+        model: as for `finalize`, a copy such as an EMA model too.
+        target_sparsity: as for `finalize`. Early in a training the target is far off yet, and reaching it costs
+            quality; `controller.sparsity` is where the training stands.
+
+    Raises:
+        OptionError, IksError: as `finalize` does; the model is unchanged.
+    """
+    layers = _layers_to_finalize(model)
+    projected = projected_weights(layers, _checked(target_sparsity), warn=False)
+    gates = [(layer, layer.threshold, layer._iks) for layer in layers.values()]
+    weights = [(layer.raw_weight, layer.raw_weight.data) for layer in projected]
+    try:
+        for layer, weight in projected.items():
+            layer.raw_weight.data = torch.empty_like(layer.raw_weight.data).copy_(weight)  # keeps the memory format
+        for layer in layers.values():
+            remove_gate(layer)
+        _forget_compiled_graphs()
+        yield model
+    finally:
+        for layer, threshold, settings in gates:
+            if not isinstance(layer, Gated):
+                open_gate(layer, threshold, settings)
+        for parameter, data in weights:
+            parameter.data = data
+        _forget_compiled_graphs()
+
+
+def _checked(target_sparsity: float | None) -> float | None:
+    return None if target_sparsity is None else check_sparsity(target_sparsity)
+
+
+def _layers_to_finalize(model: nn.Module) -> dict[str, Gated]:
+    layers = gated_layers(model)
+    if not layers:
+        raise IksError("the model is not rewritten: it has no sparse layers. Call iks_plugin.sparsify before finalize")
+    return layers
+
+
 @torch.no_grad()
-def projected_weights(layers: dict[str, Gated], target_sparsity: float | None = None) -> dict[Gated, Tensor]:
+def projected_weights(layers: dict[str, Gated], target_sparsity: float | None, *, warn: bool) -> dict[Gated, Tensor]:
     """The gated weights of `layers` with exactly round(target * weights) zeros; the layers stay as they are.
 
     Layers that were rewritten together reach their target together; of layers that share a weight only the first is
-    in the result. `target_sparsity` None means each goal's own.
+    in the result. `target_sparsity` None means each goal's own; `warn` tells of what a user may not expect.
     """
     by_goal: dict[Goal, dict[str, Gated]] = {}
     for name, layer in unique(layers).items():
@@ -204,9 +253,10 @@ def projected_weights(layers: dict[str, Gated], target_sparsity: float | None = 
         raw = [layer.raw_weight.detach() for layer in members.values()]
         zeros = count_for(target, shifts.numel())
         projected = raw if target_sparsity == 0 else project(gated, raw, shifts, zeros)
-        if target_sparsity is None:
+        if warn and target_sparsity is None:
             _warn_if_far(zeros_in(gated), zeros, shifts.numel())
-        _warn_if_short(zeros_in(projected), zeros)
+        if warn:
+            _warn_if_short(zeros_in(projected), zeros)
         result.update(zip(members.values(), projected, strict=True))
     return result
 

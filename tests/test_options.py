@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 import iks_plugin
 import toys
 from iks_plugin import IksError, OptionError
+from iks_plugin.options import Options
 
 WRONG = {
     "percent": (dict(target_sparsity=80), r"target_sparsity must be a number in \[0, 1\), got 80: did you mean 0.8\?"),
@@ -85,6 +87,24 @@ def test_wrong_options_are_refused_and_nothing_changes(options, message):
     assert isinstance(caught.value, IksError) and isinstance(caught.value, ValueError)
     assert toys.states_equal(dict(model.state_dict()), before)
     assert all(type(layer) in (nn.Conv2d, nn.ReLU) and "threshold" not in layer._parameters for layer in model)
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name != "nothing left"])  # that depends on the model
+def test_options_are_refused_without_a_model_in_the_same_words(name):
+    options, message = WRONG[name]
+    with pytest.raises(OptionError, match=message):
+        iks_plugin.check_options(**options)
+
+
+def test_options_that_are_right_pass_without_a_model():
+    iks_plugin.check_options(target_sparsity=0.9, include="body.*", granularity="filter", total_steps=100)
+
+
+def test_the_defaults_are_those_of_sparsify():
+    ours = inspect.signature(Options.check).parameters
+    for name, parameter in inspect.signature(iks_plugin.sparsify).parameters.items():
+        if name not in ("model", "unknown"):
+            assert ours[name].default == parameter.default, name
 
 
 @pytest.mark.parametrize("target", [0, 0.0, 0.5, np.float32(0.5), np.float64(0.99), 0.999])

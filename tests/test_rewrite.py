@@ -219,3 +219,61 @@ def test_a_failed_rewrite_leaves_no_trace():
         iks_plugin.sparsify(model, 0.5, include="nowhere")
     assert model.__dict__.keys() == state.keys()
     assert all(not any(key.startswith("_iks") for key in module.__dict__) for module in model.modules())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "layer"])
+@pytest.mark.parametrize("steps", [0, 7, 40])
+def test_finalized_for_a_while_is_what_finalize_gives(steps, granularity):
+    model = trained(0.8, steps, granularity=granularity)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IksWarning)
+        expected = iks_plugin.finalize(copy.deepcopy(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a look in the middle of a training is no mistake
+        with iks_plugin.finalized(model) as same:
+            assert same is model
+            assert [type(layer) for layer in model] == [type(layer) for layer in expected]
+            assert list(model.state_dict()) == list(expected.state_dict())
+            assert toys.states_equal(dict(model.state_dict()), dict(expected.state_dict()))
+
+
+def test_after_finalized_training_goes_on_as_if_nothing_had_been():
+    straight, looked_at = trained(0.8, 0), trained(0.8, 0)
+    looked_at.load_state_dict(straight.state_dict())
+    for model in (straight, looked_at):
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        parameters = [(name, id(p)) for name, p in model.named_parameters()]
+        for _ in range(3):
+            torch.manual_seed(1)
+            toys.train(model, optimizer, 11)
+            if model is looked_at:
+                with iks_plugin.finalized(model, 0.5):
+                    model(torch.randn(1, 3, 9, 9))
+        assert [(name, id(p)) for name, p in model.named_parameters()] == parameters
+    assert toys.states_equal(dict(straight.state_dict()), dict(looked_at.state_dict()))
+
+
+def test_finalized_gives_the_gates_back_after_an_error():
+    model = trained(0.8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), iks_plugin.finalized(model, 0.95):
+        assert zeros(model) == round(0.95 * 2 * 24 * 24 * 9)
+        raise ZeroDivisionError
+    assert toys.states_equal(dict(model.state_dict()), before)
+    assert len(gated_layers(model)) == 2
+
+
+def test_finalized_keeps_the_memory_format():
+    model = trained(0.8).to(memory_format=torch.channels_last)
+    with iks_plugin.finalized(model):
+        assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[2].raw_weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "message"),
+    [(toys.plain_sr, None, "not rewritten.*Call iks_plugin.sparsify"), (lambda: trained(0.8), 90, "did you mean 0.9")],
+)
+def test_finalized_refuses_what_finalize_refuses(model, target, message):
+    with pytest.raises(IksError, match=message), iks_plugin.finalized(model(), target):
+        pass
