@@ -1,0 +1,371 @@
+"""Real trainings of real BasicSR with an `iks:` block: every kind of model, resumed, validated, saved."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import basicsr_toys as toys
+import iks_basicsr  # noqa: F401  # before BasicSR, as its users do
+import pytest
+import torch
+from basicsr.archs import build_network
+from basicsr.models import build_model
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from iks_plugin import IksError, IksWarning
+
+EMA = {"train": {"ema_decay": 0.5}}
+
+
+def video(folder: Path) -> dict[str, Any]:
+    """Changes of `options` for a recurrent video model: two clips of two frames for training, one for validation."""
+    for clip in ("001", "002", "011"):
+        toys.write_images(folder / "frames", 2, size=256, scale=4)
+        for kind in ("HR", "LR"):
+            split = "val" if clip == "011" else "train"
+            shutil.move(folder / "frames" / kind, folder / split / kind / clip)
+    (folder / "meta.txt").write_text("001 1 (256,256,3)\n002 1 (256,256,3)\n")
+    roots = {
+        split: {"dataroot_gt": str(folder / split / "HR"), "dataroot_lq": str(folder / split / "LR")}
+        for split in ("train", "val")
+    }
+    return {
+        "model_type": "VideoRecurrentModel",
+        "scale": 4,
+        "network_g": toys.BASICVSR,
+        "datasets": {
+            "train": {
+                **roots["train"],
+                "name": "REDS4",
+                "type": "REDSRecurrentDataset",
+                "meta_info_file": str(folder / "meta.txt"),
+                "val_partition": "REDS4",
+                "test_mode": False,
+                "io_backend": toys.DISK,
+                "num_frame": 2,
+                "gt_size": 256,
+                "interval_list": [1],
+                "random_reverse": False,
+                "use_hflip": False,
+                "use_rot": False,
+                "num_worker_per_gpu": 0,
+                "batch_size_per_gpu": 1,
+                "dataset_enlarge_ratio": 1,
+            },
+            "val": {
+                **roots["val"],
+                "name": "REDS4",
+                "type": "VideoRecurrentTestDataset",
+                "cache_data": True,
+                "io_backend": toys.DISK,
+                "num_frame": -1,
+            },
+        },
+        "train": {"fix_flow": 2, "flow_lr_mul": 0.5, "total_iter": 4},
+        "val": {"val_freq": 4},
+        "logger": {"save_checkpoint_freq": 2},
+    }
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SRModel": (lambda folder: EMA, {}),
+    "SRModel, no EMA": (lambda folder: {}, {"law": "paper", "interval": 3}),
+    "weight decay": (lambda folder: {"train": {"optim_g": {**toys.ADAM, "weight_decay": 0.1}, "ema_decay": 0.5}}, {}),
+    "warm-up": (lambda folder: {"train": {"warmup_iter": 8}}, {}),
+    "warm-up and weight decay": (
+        lambda folder: {"train": {"warmup_iter": 8, "optim_g": {**toys.ADAM, "weight_decay": 0.1}}},
+        {"granularity": "filter"},
+    ),
+    "cosine": (
+        lambda folder: {
+            "train": {
+                "scheduler": {
+                    "type": "CosineAnnealingRestartLR",
+                    "periods": [8, 12],
+                    "restart_weights": [1, 1],
+                    "eta_min": 1e-7,
+                }
+            }
+        },
+        {"granularity": "kernel"},
+    ),
+    "SRGANModel": (lambda folder: toys.adversarial("SRGANModel", ema_decay=0.5), {}),
+    "ESRGANModel": (
+        lambda folder: toys.adversarial("ESRGANModel", toys.RRDBNET, net_d_iters=2, net_d_init_iters=4, ema_decay=0.5),
+        {},
+    ),
+    "SwinIRModel": (lambda folder: {"model_type": "SwinIRModel", "network_g": toys.SWINIR, **EMA}, {}),
+    "VideoRecurrentModel": (video, {}),
+}
+
+
+def prepared(folder: Path, case: str) -> dict[str, Any]:
+    changes, block = CASES[case]
+    toys.write_images(folder)
+    return toys.options(folder, iks={"target_sparsity": 0.9, **block}, **{"network_g": toys.EDSR, **changes(folder)})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_training_is_the_straight_one_to_the_bit(case, tmp_path):
+    opt = prepared(tmp_path, case)
+    end = opt["train"]["total_iter"]
+    middle = end // 2
+    toys.train(opt, tmp_path)
+    straight = {
+        name: toys.saved(tmp_path, name) for name in (f"net_g_{middle}.pth", f"net_g_{end}.pth", "net_g_latest.pth")
+    }
+    state = toys.saved(tmp_path, f"{end}.state", "training_states")
+    experiment = tmp_path / "experiments" / "run"
+    for path in [*experiment.glob(f"*/*{end}.*"), experiment / "models" / "net_g_latest.pth"]:
+        path.unlink()
+
+    log = toys.train(opt, tmp_path, "--auto_resume")
+    assert f"iter: {middle}." in re.search("Resuming training from .*", log)[0]
+    toys.assert_same({name: toys.saved(tmp_path, name) for name in straight}, straight)
+    toys.assert_same(toys.saved(tmp_path, f"{end}.state", "training_states")["iks"], state["iks"])
+    toys.assert_same(toys.saved(tmp_path, f"{end}.state", "training_states")["optimizers"], state["optimizers"])
+
+    gated = toys.convolutions_within(build_network(opt["network_g"]))
+    for name, content in straight.items():
+        assert sorted(content) == (["params", "params_ema"] if opt["train"].get("ema_decay") else ["params"])
+        for key, params in content.items():
+            build_network(opt["network_g"]).load_state_dict(params, strict=True)
+            zeros, weights = toys.zeros_and_weights(params, gated)
+            assert zeros == round(0.9 * weights), (name, key)
+
+
+@pytest.mark.parametrize("case", ["SRModel", "SRGANModel", "SwinIRModel", "VideoRecurrentModel"])
+def test_validation_is_of_what_is_saved(case, tmp_path):
+    opt = prepared(tmp_path, case)
+    training = toys.train(opt, tmp_path)
+    path = tmp_path / "experiments" / "run" / "models" / "net_g_latest.pth"
+    plain = copy.deepcopy(opt)
+    plain["datasets"] = {"test_1": {**opt["datasets"]["val"]}}
+    plain["path"] = {"pretrain_network_g": str(path), "strict_load_g": True, "param_key_g": "params_ema"}
+    if case == "VideoRecurrentModel":  # it validates the network itself, not its EMA copy
+        plain["path"]["param_key_g"] = "params"
+    plain["val"]["suffix"] = None
+    for block in (opt["iks"], None):
+        tested = {**plain, "iks": block} if block else {key: value for key, value in plain.items() if key != "iks"}
+        assert psnr_in(toys.test(tested, tmp_path)) == psnr_in(training)
+
+
+def psnr_in(log: str) -> float:
+    return float(re.findall(r"# psnr: ([0-9.]+)", log)[-1])
+
+
+def test_the_log_tells_the_sparsity_everywhere(tmp_path):
+    opt = prepared(tmp_path, "SRModel")
+    opt["train"].update(total_iter=100)
+    opt["logger"].update(print_freq=10, use_tb_logger=True)
+    opt["val"].update(val_freq=20)
+    log = toys.train(opt, tmp_path)
+    reached = [float(value) for value in re.findall(r"l_pix: \S+ sparsity: (\S+)", log)]
+    assert len(reached) == 10 and reached == sorted(reached)
+    assert 0.3 < reached[0] < reached[1] < 0.9 and reached[-1] == pytest.approx(0.9, abs=1e-3)
+    assert "iks: network_g: 4 of 6 layers are rewritten; of their 4,032 weights 90.00% become zero." in log
+    assert "iks: 4,032 of these parameters are thresholds, which no file has: 4,531 without" in log
+    validations = re.findall(r"# sparsity: 0.9000\t3,629 of 4,032 weights of network_g are zero, .*", log)
+    assert len(validations) == 6
+    assert "training is on its way at 0.6" in validations[0] and validations[-1].endswith("as in what is saved")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb_logger" / "run")).Reload()
+    scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars["sparsity"] == pytest.approx(reached, abs=1e-4)
+    assert scalars["metrics/images/sparsity"] == pytest.approx([3629 / 4032] * 6)
+    assert {"iks/sparsity", "iks/target_sparsity", "iks_layers/body.0.conv1"} <= scalars.keys()
+
+
+def test_option_files_without_the_block_train_as_ever(tmp_path):
+    """Against BasicSR in a process that has never seen the plug-in."""
+    toys.write_images(tmp_path)
+    opt = toys.options(tmp_path, iks=None, train={"ema_decay": 0.5, "optim_g": {**toys.ADAM, "weight_decay": 0.1}})
+    toys.train(opt, tmp_path)
+    ours = [toys.saved(tmp_path, "net_g_20.pth"), toys.saved(tmp_path, "20.state", "training_states")]
+    shutil.rmtree(tmp_path / "experiments")
+    toys.run_python(*untouched_basicsr(tmp_path, "train", opt), cwd=tmp_path)
+    toys.assert_same(ours, [toys.saved(tmp_path, "net_g_20.pth"), toys.saved(tmp_path, "20.state", "training_states")])
+
+
+ALIAS = """
+import importlib.util, sys
+if importlib.util.find_spec("torchvision.transforms.functional_tensor") is None:
+    import torchvision.transforms._functional_tensor as module
+    sys.modules["torchvision.transforms.functional_tensor"] = module
+"""
+
+
+def untouched_basicsr(folder: Path, what: str, opt: dict[str, Any]) -> list[str | Path]:
+    """Arguments of Python that run BasicSR's own pipeline without the plug-in."""
+    script = folder / "untouched.py"
+    script.write_text(
+        f"{ALIAS}\nfrom basicsr.{what} import {what}_pipeline\n{what}_pipeline({str(folder)!r})\n"
+        "assert not any(name.startswith('iks') for name in sys.modules)\n"
+    )
+    return [script, "-opt", toys.write_options(opt, folder)]
+
+
+def test_files_give_the_logged_psnr_in_an_untouched_basicsr(tmp_path):
+    opt = prepared(tmp_path, "SRModel")
+    training = toys.train(opt, tmp_path)
+    for name in ("net_g_10.pth", "net_g_20.pth"):
+        opt["datasets"] = {"test_1": {**toys.options(tmp_path)["datasets"]["val"]}}
+        opt["path"] = {"pretrain_network_g": str(tmp_path / "experiments" / "run" / "models" / name)}
+        opt["path"].update(strict_load_g=True, param_key_g="params_ema")
+        opt["val"]["suffix"] = None
+        toys.run_python(*untouched_basicsr(tmp_path, "test", opt), cwd=tmp_path)
+        logged = re.findall(r"# psnr: ([0-9.]+)", training)[0 if name == "net_g_10.pth" else 1]
+        assert psnr_in(toys.newest_log(tmp_path / "results" / "run")) == float(logged)
+        shutil.rmtree(tmp_path / "results")
+
+
+def test_dense_pretrained_weights_load_strictly_and_without_warnings(tmp_path):
+    toys.write_images(tmp_path)
+    dense = toys.options(tmp_path, iks=None, train={"ema_decay": 0.5})
+    toys.train(dense, tmp_path)
+    path = tmp_path / "experiments" / "run" / "models" / "net_g_latest.pth"
+    opt = toys.options(tmp_path, path={"pretrain_network_g": str(path)}, name="sparse", train={"ema_decay": 0.5})
+    log = toys.train(opt, tmp_path)
+    assert f"from {path}, with param key: [params]" in log
+    assert "Current net - loaded net" not in log and "WARNING" not in log
+
+
+def test_weight_decay_leaves_thresholds_alone(tmp_path):
+    opt = prepared(tmp_path, "weight decay")
+    opt["train"]["optim_g"]["weight_decay"] = 1e3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IksWarning)  # the core would warn if the groups were not apart
+        toys.train(opt, tmp_path)
+    groups = toys.saved(tmp_path, "20.state", "training_states")["optimizers"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [1e3, 0.0]
+    assert [len(group["params"]) for group in groups] == [12, 4]
+
+
+def test_groups_that_a_model_makes_itself_keep_their_options(tmp_path):
+    opt = prepared(tmp_path, "VideoRecurrentModel")
+    opt["train"]["optim_g"] = {**toys.ADAM, "weight_decay": 0.1}
+    toys.train(opt, tmp_path)
+    groups = toys.saved(tmp_path, "4.state", "training_states")["optimizers"][0]["param_groups"]
+    rates = [group["initial_lr"] for group in groups]
+    assert rates == [1e-3, 1e-3, 5e-4, 5e-4] and [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.0]
+
+
+def test_the_generator_alone_becomes_sparse_unless_told_otherwise(tmp_path):
+    opt = prepared(tmp_path, "SRGANModel")
+    log = toys.train(opt, tmp_path)
+    assert "sparsity: " in log and "sparsity_g" not in log
+    assert not any((value == 0).any() for value in toys.saved(tmp_path, "net_d_latest.pth")["params"].values())
+
+    opt["iks"] = {"target_sparsity": 0.5, "network": ["network_g", "network_d"], "include": "conv_*"}
+    opt["network_d"] = {"type": "VGGStyleDiscriminator", "num_in_ch": 3, "num_feat": 8, "input_size": 128}
+    opt["iks"].pop("include")
+    toys.write_images(tmp_path, size=128)
+    opt["datasets"]["train"]["gt_size"] = 128
+    opt["train"]["total_iter"] = 4
+    opt["logger"]["print_freq"] = 2
+    log = toys.train(opt, tmp_path)
+    assert re.search(r"sparsity_g: \S+ sparsity_d: \S+", log)
+    for key, name in (("network_g", "net_g_latest.pth"), ("network_d", "net_d_latest.pth")):
+        params = toys.saved(tmp_path, name)["params"]
+        zeros, weights = toys.zeros_and_weights(params, toys.convolutions_within(build_network(opt[key])))
+        assert zeros == round(0.5 * weights)
+
+
+@pytest.mark.parametrize(("every", "idle"), [(1, 0), (2, 0), (2, 5), (1, 12), (3, 7)])
+def test_skipped_generator_steps_are_taken_out_of_the_schedule(every, idle, tmp_path):
+    toys.write_images(tmp_path)
+    changes = toys.adversarial("SRGANModel", net_d_iters=every, net_d_init_iters=idle)
+    toys.train(toys.options(tmp_path, **changes), tmp_path)
+    controller = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["network_g"][0]["controller"]
+    steps = sum(1 for step in range(1, 21) if step % every == 0 and step > idle)
+    assert controller["steps"] == controller["total_steps"] == steps
+
+
+def test_options_of_a_network_stay_what_they_are(tmp_path):
+    """Some model classes compare the type with a name (StyleGAN2Model), and look it up in tables."""
+    toys.write_images(tmp_path)
+    opt = {**toys.options(tmp_path), "is_train": True, "dist": False, "rank": 0}
+    opt["path"].update(models=str(tmp_path), training_states=str(tmp_path))
+    model = build_model(opt)
+    assert model.opt["network_g"] == opt["network_g"] and model.opt["network_g"]["type"] in {"EDSR": 1}
+    assert type(opt["network_g"]["type"]) is str
+
+
+def test_a_new_target_in_the_option_file_replaces_that_of_the_state(tmp_path):
+    opt = prepared(tmp_path, "SRModel")
+    toys.train(opt, tmp_path)
+    opt["iks"]["target_sparsity"] = 0.5
+    opt["train"]["total_iter"] = 30
+    log = toys.train(opt, tmp_path, "--auto_resume")
+    assert "the option file's target_sparsity, 0.5, replaces that of the state, 0.9" in log
+    gated = toys.convolutions_within(build_network(opt["network_g"]))
+    for params in toys.saved(tmp_path, "net_g_latest.pth").values():
+        zeros, weights = toys.zeros_and_weights(params, gated)
+        assert zeros == round(0.5 * weights)
+
+
+def test_an_ema_copy_that_is_new_starts_as_the_network(tmp_path):
+    opt = prepared(tmp_path, "SRModel, no EMA")
+    opt["iks"] = 0.9
+    toys.train(opt, tmp_path)
+    opt["train"].update(ema_decay=0.5, total_iter=21)
+    opt["logger"]["save_checkpoint_freq"] = 1
+    toys.train(opt, tmp_path, "--auto_resume")
+    net, copied = (
+        build["network"] for build in toys.saved(tmp_path, "21.state", "training_states")["iks"]["networks"]["network_g"]
+    )
+    before = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["network_g"][0]["network"]
+    for name, value in copied.items():
+        assert torch.allclose(value, 0.5 * before[name] + 0.5 * net[name]), name
+
+
+def test_a_resume_that_ends_before_the_ramp_is_warned_of(tmp_path):
+    opt = prepared(tmp_path, "SRModel")
+    opt["train"]["total_iter"] = 40
+    opt["logger"]["save_checkpoint_freq"] = 10
+    toys.train(opt, tmp_path)
+    for path in (tmp_path / "experiments" / "run" / "training_states").glob("[234]0.state"):
+        path.unlink()
+    opt["train"]["total_iter"] = 15
+    log = toys.train(opt, tmp_path, "--auto_resume")
+    assert "raise the sparsity until step 24, and train: total_iter ends it at step 15" in log
+    assert "WARNING: iks: network_g: training ended at" in log and "the files have the target's 90.0%" in log
+
+
+def test_a_model_that_makes_fewer_steps_is_warned_of_with_the_remedy(tmp_path):
+    @MODEL_REGISTRY.register()
+    class AccumulatingModel(MODEL_REGISTRY.get("SRModel")):
+        def optimize_parameters(self, current_iter):
+            step = self.optimizer_g.step
+            if current_iter % 2:
+                self.optimizer_g.step = lambda: None
+            try:
+                super().optimize_parameters(current_iter)
+            finally:
+                self.optimizer_g.step = step
+
+    opt = prepared(tmp_path, "SRModel, no EMA")
+    opt.update(model_type="AccumulatingModel", iks=0.9)
+    opt["train"]["total_iter"] = 300
+    opt["logger"]["save_checkpoint_freq"] = 1000
+    log = toys.train(opt, tmp_path)
+    assert "100 steps of the optimizer in 200 iterations, and 200 were expected" in log
+    assert "Add to the block iks: total_steps: 150" in log
+
+
+def test_a_model_that_builds_its_network_elsewhere_is_refused(tmp_path, monkeypatch):
+    import basicsr.models.sr_model as sr_model
+
+    toys.write_images(tmp_path)
+    build = sr_model.build_network
+    monkeypatch.setattr(sr_model, "build_network", lambda opt: build({**opt, "type": "".join(opt["type"])}))
+    with pytest.raises(IksError, match="SRModel has not built network_g with BasicSR's build_network"):
+        toys.train(toys.options(tmp_path), tmp_path)
+    assert not list((tmp_path / "experiments" / "run" / "models").iterdir())
