@@ -35,9 +35,10 @@ TEST_TOOLS = [
 
 # Each a list of `pip install` calls. BasicSR's own set-up imports torch, so torch goes first, and setuptools 80 took
 # away what that set-up needs.
-LATEST = [["torch", "torchvision", "numpy", "mypy", "ruff", *TEST_TOOLS]]
+BASICSR_NEEDS = ["setuptools", "wheel", "cython", "numpy", "torch", "torchvision"]
+LATEST = [BASICSR_NEEDS, ["--no-build-isolation", "basicsr", "mypy", "ruff", *TEST_TOOLS]]
 CLASSIC = [
-    ["setuptools", "wheel", "cython", "numpy", "torch", "torchvision"],
+    BASICSR_NEEDS,
     [
         "--no-build-isolation",
         "basicsr",
@@ -72,7 +73,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def latest(session: nox.Session) -> None:
-    """The tests on the newest torch and numpy."""
+    """The tests on the newest torch and numpy, with real BasicSR."""
     _test(session, "latest", LATEST)
 
 

@@ -149,7 +149,6 @@ def write_options(opt: dict[str, Any], folder: Path) -> Path:
 
 def train(opt: dict[str, Any], folder: Path, *flags: str) -> str:
     """Run BasicSR's own training in this process, with experiments in `folder`. Returns its log."""
-    import iks_basicsr  # noqa: F401
     from basicsr.train import train_pipeline
 
     with _as_a_program(folder, "train.py", "-opt", str(write_options(opt, folder)), *flags):
@@ -159,7 +158,6 @@ def train(opt: dict[str, Any], folder: Path, *flags: str) -> str:
 
 def test(opt: dict[str, Any], folder: Path) -> str:
     """Run BasicSR's own testing in this process. Returns its log."""
-    import iks_basicsr  # noqa: F401
     from basicsr.test import test_pipeline
 
     with _as_a_program(folder, "test.py", "-opt", str(write_options(opt, folder))):

@@ -9,14 +9,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import basicsr_toys as toys
-import iks_basicsr  # noqa: F401  # before BasicSR, as its users do
 import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
 from basicsr.utils.registry import MODEL_REGISTRY
 
+import basicsr_toys as toys
 from iks_plugin import IksError, IksWarning
 
 EMA = {"train": {"ema_decay": 0.5}}
@@ -319,7 +318,8 @@ def test_an_ema_copy_that_is_new_starts_as_the_network(tmp_path):
     opt["logger"]["save_checkpoint_freq"] = 1
     toys.train(opt, tmp_path, "--auto_resume")
     net, copied = (
-        build["network"] for build in toys.saved(tmp_path, "21.state", "training_states")["iks"]["networks"]["network_g"]
+        build["network"]
+        for build in toys.saved(tmp_path, "21.state", "training_states")["iks"]["networks"]["network_g"]
     )
     before = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["network_g"][0]["network"]
     for name, value in copied.items():

@@ -60,6 +60,7 @@ def _run_basicsr(arguments: list[str]) -> int:
 def _run_script(path: str, arguments: list[str]) -> int:
     """As `python path arguments` does it: its own sys.argv, and its folder first in the search for modules."""
     from .compat import loading_without_cuda
+    from .spawned import SCRIPT
 
     try:
         code = compile(Path(path).read_bytes(), path, "exec")
@@ -70,6 +71,7 @@ def _run_script(path: str, arguments: list[str]) -> int:
     script.__file__ = path
     script.__spec__ = _spec_of_spawned()
     sys.modules["__main__"] = script
+    os.environ[SCRIPT] = str(Path(path).resolve())
     sys.argv = [path, *arguments]
     sys.path[0] = str(Path(path).resolve().parent)
     with loading_without_cuda():

@@ -29,8 +29,8 @@ class Block:
         wanted = self.options.get("total_steps", available)
         if isinstance(wanted, int) and wanted > available:
             raise OptionError(
-                f"total_steps is {wanted}, and {network} is trained for {available} steps: leave it out, and it follows "
-                "from train: total_iter"
+                f"total_steps is {wanted}, and {network} is trained for {available} steps: leave it out, and it "
+                "follows from train: total_iter"
             )
         return {**self.options, "total_steps": wanted}
 

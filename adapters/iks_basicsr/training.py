@@ -99,9 +99,10 @@ class SparseTraining:
             raise type(error)(f"block iks, {key} ({type(net).__name__}): {error}") from None
         if not self._builds[key]:
             report = iks_plugin.report(net)
+            rewritten = sum(layer.rewritten for layer in report.layers)
             self._log(
-                f"iks: {key}: {sum(layer.rewritten for layer in report.layers)} of {len(report.layers)} layers are "
-                f"rewritten; of their {report.weights:,} weights {controller.target_sparsity:.2%} become zero.\n{report}"
+                f"iks: {key}: {rewritten} of {len(report.layers)} layers are rewritten; of their {report.weights:,} "
+                f"weights {controller.target_sparsity:.2%} become zero.\n{report}"
             )
         self._builds[key].append(_Build(net, controller))
         return net
@@ -144,7 +145,9 @@ class SparseTraining:
 
     # Loading and resuming
 
-    def _load_network(self, original: Callable[..., Any], net: nn.Module, load_path: str, *args: Any, **kwargs: Any) -> None:
+    def _load_network(
+        self, original: Callable[..., Any], net: nn.Module, load_path: str, *args: Any, **kwargs: Any
+    ) -> None:
         try:
             original(net, load_path, *args, **kwargs)
         except RuntimeError as error:
@@ -194,8 +197,8 @@ class SparseTraining:
             end, ramp = optimizer_steps(key, self._model.opt), build.controller.state_dict()["ramp_steps"]
             if ramp is not None and end < ramp:
                 self._warn(
-                    f"iks: {key}: the resumed training is to raise the sparsity until step {ramp}, and train: total_iter "
-                    f"ends it at step {end}: the target is not reached by training. Raise total_iter"
+                    f"iks: {key}: the resumed training is to raise the sparsity until step {ramp}, and train: "
+                    f"total_iter ends it at step {end}: the target is not reached by training. Raise total_iter"
                 )
 
     # Training
@@ -236,21 +239,28 @@ class SparseTraining:
             yield
 
     def _validation(
-        self, original: Callable[..., Any], dataloader: Any, current_iter: Any, tb_logger: Any, *args: Any, **kwargs: Any
+        self,
+        original: Callable[..., Any],
+        dataloader: Any,
+        current_iter: Any,
+        tb_logger: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         with self._delivered(build for builds in self._builds.values() for build in builds):
             result = original(dataloader, current_iter, tb_logger, *args, **kwargs)
             reports = [(key, build, iks_plugin.report(build.net)) for key, build in self._trained()]
         data = getattr(getattr(dataloader, "dataset", None), "opt", {}).get("name", "")
         for key, build, report in reports:
-            reached = build.controller.sparsity
+            label, reached = self._label(key), build.controller.sparsity
+            on_its_way = abs(reached - report.sparsity) > _FAR
             self._log(
-                f"Validation {data}\n\t # {self._label(key)}: {report.sparsity:.4f}\t{report.zeros:,} of {report.weights:,} "
+                f"Validation {data}\n\t # {label}: {report.sparsity:.4f}\t{report.zeros:,} of {report.weights:,} "
                 f"weights of {key} are zero, in what was validated as in what is saved"
-                + (f"; training is on its way at {reached:.4f}" if abs(reached - report.sparsity) > _FAR else "")
+                + (f"; training is on its way at {reached:.4f}" if on_its_way else "")
             )
             if tb_logger:
-                tb_logger.add_scalar(f"metrics/{data}/{self._label(key)}", report.sparsity, current_iter)
+                tb_logger.add_scalar(f"metrics/{data}/{label}", report.sparsity, current_iter)
                 build.controller.log(tb_logger, current_iter)
         return result
 
@@ -296,12 +306,12 @@ class SparseTraining:
             if abs(reached - target) > _FAR:
                 self._warn(
                     f"iks: {key}: training ended at {reached:.1%} zeros, and the files have the target's {target:.1%}: "
-                    "the rest was made zero without training, which costs quality. Train longer (train: total_iter), or "
-                    "raise the sparsity faster (iks: ramp_steps)"
+                    "the rest was made zero without training, which costs quality. Train longer (train: total_iter), "
+                    "or raise the sparsity faster (iks: ramp_steps)"
                 )
 
     def _is_master(self) -> bool:
-        return self._model.opt.get("rank", 0) == 0
+        return int(self._model.opt.get("rank", 0)) == 0
 
     def _log(self, message: str) -> None:
         if self._is_master():
@@ -323,8 +333,8 @@ def check_state(state: Mapping[str, Any], block: Block, where: str = "the traini
     saved = state.get("iks")
     if saved is None:
         raise IksError(
-            f"{where} is of a training without the block iks, which has no thresholds to go on with. To make its network "
-            "sparse, start a new training from its weights: path: pretrain_network_g: ...net_g_*.pth, without "
+            f"{where} is of a training without the block iks, which has no thresholds to go on with. To make its "
+            "network sparse, start a new training from its weights: path: pretrain_network_g: ...net_g_*.pth, without "
             "resume_state and --auto_resume, under another name"
         )
     if saved.get("version") != STATE_VERSION:
@@ -340,7 +350,9 @@ def check_state(state: Mapping[str, Any], block: Block, where: str = "the traini
         for builds in saved["networks"].values():
             got = builds[0]["controller"][key]
             if got != wanted:
-                raise IksError(f"{where}: expected {key} {wanted!r} as in the block iks, got {got!r}: write {key}: {got}")
+                raise IksError(
+                    f"{where}: expected {key} {wanted!r} as in the block iks, got {got!r}: write {key}: {got}"
+                )
 
 
 def _thresholds(build: _Build) -> list[nn.Parameter]:

@@ -1,0 +1,232 @@
+"""Wrong `iks:` blocks and files that do not fit are refused before anything is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import basicsr_toys as toys
+import iks_plugin
+from iks_basicsr.block import optimizer_steps, read_block
+from iks_plugin import IksError, OptionError
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "empty": (None, r"block iks: it is empty: name the sparsity that you want, such as\s+iks:\s+target_sparsity: 0.9"),
+    "no goal": ({}, "block iks: sparsify needs a goal, got none: give target_sparsity"),
+    "percent": (
+        {"target_sparsity": 90},
+        r"block iks: target_sparsity must be a number in \[0, 1\), got 90: did you mean 0.9",
+    ),
+    "bare percent": (90, r"block iks: target_sparsity must be a number in \[0, 1\), got 90: did you mean 0.9"),
+    "text": ("0.9", r"block iks: expected options, got '0.9': write\s+iks:"),
+    "list": ([0.9], r"block iks: expected options, got \[0.9\]: write"),
+    "switch": (True, "block iks: expected options, got True: write"),
+    "quoted": ({"target_sparsity": "0.9"}, "got the text '0.9': write it without quotes"),
+    "unknown": ({"target_sparsity": 0.9, "granularty": "kernel"}, "'granularty': did you mean 'granularity'"),
+    "unknown, ours": ({"target_sparsity": 0.9, "netwrok": "network_g"}, "no option 'netwrok': did you mean 'network'"),
+    "granularity": ({"target_sparsity": 0.9, "granularity": "kernels"}, "got 'kernels': did you mean 'kernel'"),
+    "budget": ({"max_bytes": "500KB"}, "needs the compact file format, which this version does not have yet"),
+    "export": ({"target_sparsity": 0.9, "export": True}, "export needs the compact file format.*leave it out"),
+    "network": (
+        {"target_sparsity": 0.9, "network": "network_q"},
+        r"network: the option file has no 'network_q' \(it has network_g\): did you mean 'network_g'",
+    ),
+    "network type": (
+        {"target_sparsity": 0.9, "network": 3},
+        r"network must be the key of a network.*\(network_g\), got 3",
+    ),
+    "no network": ({"target_sparsity": 0.9, "network": []}, r"network must be the key of a network.*got \[\]"),
+    "long ramp": ({"target_sparsity": 0.9, "ramp_steps": 21}, r"ramp_steps must be at most total_steps \(20\), got 21"),
+    "long total": (
+        {"target_sparsity": 0.9, "total_steps": 21},
+        "total_steps is 21, and network_g is trained for 20 steps: leave it out",
+    ),
+    "law without epochs": (
+        {"target_sparsity": 0.9, "law": "paper"},
+        "give epoch_steps, the optimizer steps of one epoch",
+    ),
+}
+
+
+def experiment_of_another_day(folder: Path) -> Path:
+    kept = folder / "experiments" / "run" / "models" / "net_g_latest.pth"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("precious")
+    return kept
+
+
+@pytest.mark.parametrize(("block", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_blocks_are_refused_before_a_folder_is_touched(block, message, tmp_path):
+    kept = experiment_of_another_day(tmp_path)
+    opt = toys.options(tmp_path)
+    opt["iks"] = block
+    with pytest.raises(OptionError, match=message) as caught:
+        toys.train(opt, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'run.yml'}, block iks: ")
+    assert kept.read_text() == "precious" and sorted(path.name for path in (tmp_path / "experiments").iterdir()) == [
+        "run"
+    ]
+
+
+@pytest.mark.parametrize("name", ["IKS", "isk", "ski", "iks-plugin", "Iks_Basicsr", "sparsity", "target_sparsity"])
+def test_a_misspelt_block_is_refused(name, tmp_path):
+    opt = toys.options(tmp_path, iks=None)
+    opt[name] = {"target_sparsity": 0.9}
+    with pytest.raises(OptionError, match=f"run.yml: there is no block '{name}': did you mean 'iks'"):
+        toys.train(opt, tmp_path)
+    assert not (tmp_path / "experiments").exists()
+
+
+@pytest.mark.parametrize("place", ["train", "network_g", "path"])
+def test_a_block_in_the_wrong_place_is_refused(place, tmp_path):
+    opt = toys.options(tmp_path, iks=None)
+    opt[place]["iks"] = {"target_sparsity": 0.9}
+    with pytest.raises(OptionError, match=f"the block iks lies within '{place}': move it to the top level"):
+        toys.train(opt, tmp_path)
+    assert not (tmp_path / "experiments").exists()
+
+
+@pytest.mark.parametrize("block", [0.9, {"target_sparsity": 0.9}, {"target_sparsity": 0.9, "network": "network_g"}])
+def test_a_bare_number_is_the_target(block, tmp_path):
+    found = read_block({**toys.options(tmp_path, iks=block), "is_train": True})
+    assert found is not None
+    assert found.networks == ("network_g",) and found.options == {"target_sparsity": 0.9}
+
+
+def test_without_a_block_there_is_nothing_to_read(tmp_path):
+    assert read_block(toys.options(tmp_path, iks=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("network", "train", "steps"),
+    [
+        ("network_g", {"total_iter": 100}, 100),
+        ("network_g", {"total_iter": 5e4}, 50000),
+        ("network_g", {"total_iter": 100, "net_d_iters": 2}, 50),
+        ("network_g", {"total_iter": 100, "net_d_iters": 3, "net_d_init_iters": 10}, 30),
+        ("network_g", {"total_iter": 100, "net_d_iters": None, "net_d_init_iters": None}, 100),
+        ("network_d", {"total_iter": 100, "net_d_iters": 2, "net_d_init_iters": 10}, 100),
+    ],
+)
+def test_steps_of_an_optimizer(network, train, steps):
+    counted = sum(
+        1
+        for step in range(1, int(train["total_iter"]) + 1)
+        if network == "network_d"
+        or (step % (train.get("net_d_iters") or 1) == 0 and step > (train.get("net_d_init_iters") or 0))
+    )
+    assert optimizer_steps(network, {"train": train}) == steps == counted
+
+
+def test_a_generator_that_is_never_trained_is_refused(tmp_path):
+    opt = toys.options(tmp_path, **toys.adversarial("SRGANModel", net_d_init_iters=20))
+    with pytest.raises(OptionError, match="network_g is never trained: of 20 iterations .* the first 20"):
+        toys.train(opt, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"target_sparsity": 0.9, "include": "bodyy.*"}, r"block iks, network_g \(EDSR\): .*'bodyy\.\*'"),
+        ({"target_sparsity": 0.9, "include": "body.0.relu"}, r"block iks, network_g \(EDSR\): "),
+        ({"target_sparsity": 0.9999}, r"block iks, network_g \(EDSR\): .*none would be left"),
+    ],
+)
+def test_what_only_the_network_can_tell_is_refused_when_it_is_built(block, message, tmp_path):
+    toys.write_images(tmp_path)
+    with pytest.raises(OptionError, match=message):
+        toys.train(toys.options(tmp_path, iks=block), tmp_path)
+    assert not list((tmp_path / "experiments" / "run" / "models").iterdir())
+
+
+def trained(folder: Path, **changes: Any) -> dict[str, Any]:
+    toys.write_images(folder)
+    opt = toys.options(folder, **changes)
+    toys.train(opt, folder)
+    return opt
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+RESUMES: dict[str, tuple[Any, Any, str]] = {
+    "of a dense training": (None, 0.9, r"20.state is of a training without the block iks.*pretrain_network_g"),
+    "of a sparse training": (0.9, None, "20.state is of a sparse training, and the option file has no block iks"),
+    "other granularity": (
+        {"target_sparsity": 0.9, "granularity": "kernel"},
+        {"target_sparsity": 0.9, "granularity": "filter"},
+        "20.state: expected granularity 'filter' as in the block iks, got 'kernel': write granularity: kernel",
+    ),
+    "other law": (
+        {"target_sparsity": 0.9, "law": "paper", "interval": 2},
+        0.9,
+        "20.state: expected law 'exact' as in the block iks, got 'paper': write law: paper",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "message"), RESUMES.values(), ids=RESUMES)
+def test_states_that_do_not_fit_are_refused_and_nothing_is_overwritten(before, after, message, tmp_path):
+    opt = trained(tmp_path, iks=before)
+    kept = contents(tmp_path / "experiments")
+    opt.pop("iks", None)
+    opt["train"]["total_iter"] = 30
+    if after is not None:
+        opt["iks"] = after
+    with pytest.raises(IksError, match=message):
+        toys.train(opt, tmp_path, "--auto_resume")
+    assert contents(tmp_path / "experiments") == kept
+
+
+def test_a_state_of_other_networks_is_refused(tmp_path):
+    opt = trained(tmp_path, **toys.adversarial("SRGANModel"), iks={"target_sparsity": 0.9})
+    opt["iks"]["network"] = ["network_g", "network_d"]
+    with pytest.raises(IksError, match="that made network_g sparse, and the block iks names network_g, network_d"):
+        toys.train(opt, tmp_path, "--auto_resume")
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    opt = trained(tmp_path)
+    path = tmp_path / "experiments" / "run" / "training_states" / "20.state"
+    state = torch.load(path, weights_only=False)
+    state["iks"]["version"] = 99
+    torch.save(state, path)
+    with pytest.raises(IksError, match="20.state: expected version 1 of its entry iks, got 99"):
+        toys.train(opt, tmp_path, "--auto_resume")
+
+
+@pytest.mark.parametrize("change", [{"include": "body.*"}, {"exclude": "upsample.*"}])
+def test_a_state_of_other_layers_is_refused(change, tmp_path):
+    opt = trained(tmp_path)
+    opt["iks"] = {"target_sparsity": 0.9, **change}
+    with pytest.raises(IksError, match="the training state does not fit network_g as the option file describes it"):
+        toys.train(opt, tmp_path, "--auto_resume")
+
+
+def test_a_checkpoint_whose_thresholds_do_not_fit_is_refused(tmp_path):
+    from basicsr.archs import build_network
+
+    net = build_network(toys.EDSR)
+    iks_plugin.sparsify(net, 0.9, granularity="filter")
+    path = tmp_path / "published.pth"
+    torch.save({"params": net.state_dict()}, path)
+    toys.write_images(tmp_path)
+    opt = toys.options(tmp_path, path={"pretrain_network_g": str(path)})
+    message = r"(?s)published.pth does not fit the block iks.*body.0.conv1.threshold expected \(8, 8, 3, 3\).*'filter'"
+    with pytest.raises(IksError, match=message):
+        toys.train(opt, tmp_path)
+    opt["iks"] = {"target_sparsity": 0.9, "granularity": "filter"}
+    assert "Save the latest model." in toys.train(opt, tmp_path)
+
+
+def test_dense_weights_that_do_not_fit_fail_as_in_basicsr(tmp_path):
+    from basicsr.archs import build_network
+
+    torch.save({"params": build_network({**toys.EDSR, "num_feat": 12}).state_dict()}, tmp_path / "other.pth")
+    toys.write_images(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch for conv_first.weight"):
+        toys.train(toys.options(tmp_path, path={"pretrain_network_g": str(tmp_path / "other.pth")}), tmp_path)
