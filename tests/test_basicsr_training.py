@@ -310,6 +310,34 @@ def test_a_new_target_in_the_option_file_replaces_that_of_the_state(tmp_path):
         assert zeros == round(0.5 * weights)
 
 
+def test_the_command_line_changes_the_block_as_any_other(tmp_path):
+    opt = prepared(tmp_path, "SRModel")
+    toys.train(opt, tmp_path, "--force_yml", "iks:target_sparsity=0.25", "train:total_iter=12")
+    zeros, weights = toys.zeros_and_weights(
+        toys.saved(tmp_path, "net_g_latest.pth")["params"], toys.convolutions_within(build_network(opt["network_g"]))
+    )
+    assert zeros == round(0.25 * weights)
+
+
+def test_a_network_that_a_resume_is_to_ignore_keeps_its_own_weights(tmp_path):
+    opt = prepared(tmp_path, "SRModel, no EMA")
+    opt["iks"] = 0.5
+    toys.train(opt, tmp_path)
+    torch.manual_seed(1)
+    other = build_network(opt["network_g"]).state_dict()
+    torch.save({"params": other}, tmp_path / "other.pth")
+    opt["path"].update(
+        ignore_resume_networks=["network_g"],
+        pretrain_network_g=str(tmp_path / "other.pth"),
+        resume_state=str(tmp_path / "experiments" / "run" / "training_states" / "20.state"),
+    )
+    opt["train"]["total_iter"] = 21
+    toys.train(opt, tmp_path)
+    assert torch.allclose(
+        toys.saved(tmp_path, "net_g_latest.pth")["params"]["conv_first.weight"], other["conv_first.weight"], atol=0.01
+    )
+
+
 def test_an_ema_copy_that_is_new_starts_as_the_network(tmp_path):
     opt = prepared(tmp_path, "SRModel, no EMA")
     opt["iks"] = 0.9

@@ -9,7 +9,8 @@ from iks_plugin import IksError
 
 from . import compat
 from .block import read_block
-from .training import SparseTraining, SparseType, check_state
+from .state import check_state
+from .training import SparseTraining, SparseType
 
 
 def install() -> None:

@@ -20,8 +20,8 @@ from iks_plugin import IksError, SparsityController
 
 from .block import Block, optimizer_steps
 from .files import remove_unfinished, whole_files
+from .state import STATE_VERSION, check_state
 
-STATE_VERSION = 1
 _FAR = 0.01
 """From this distance to the target on, a log line says where the training stands."""
 _ITERATIONS_WATCHED = 200
@@ -84,12 +84,17 @@ class SparseTraining:
             setattr(model, name, partial(wrapper, getattr(model, name)))
         for key in block.networks:
             kind = SparseType(model.opt[key]["type"])
-            kind.made_sparse = partial(partial, self._build, key)
+            kind.made_sparse = partial(self._made_sparse, key)
             model.opt[key]["type"] = kind
         if self._is_master():
-            remove_unfinished(model.opt["path"].get(key, ".") for key in ("models", "training_states"))
+            paths = model.opt["path"]
+            remove_unfinished(paths[key] for key in ("models", "training_states") if key in paths)
 
     # Building
+
+    def _made_sparse(self, key: str, architecture: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        """`architecture`, but for networks that are rewritten as soon as they are built."""
+        return partial(self._build, key, architecture)
 
     def _build(self, key: str, architecture: Callable[..., nn.Module], **options: Any) -> nn.Module:
         net = architecture(**options)
@@ -182,7 +187,8 @@ class SparseTraining:
         wanted = build.controller.target_sparsity
         try:
             build.controller.load_state_dict(saved["controller"])
-            build.net.load_state_dict(saved["network"])
+            if key not in (self._model.opt["path"].get("ignore_resume_networks") or ()):
+                build.net.load_state_dict(saved["network"])
         except (IksError, RuntimeError) as error:
             raise IksError(f"the training state does not fit {key} as the option file describes it: {error}") from error
         if build.controller.target_sparsity != wanted:
@@ -320,39 +326,6 @@ class SparseTraining:
     def _warn(self, message: str) -> None:
         if self._is_master():
             _logger().warning(message)
-
-
-def check_state(state: Mapping[str, Any], block: Block, where: str = "the training state") -> None:
-    """Raise an `IksError` unless `state` is of a training with such a block.
-
-    Args:
-        state: the content of a `.state` file.
-        block: the block of the training that is to be resumed.
-        where: the name of the file, for messages.
-    """
-    saved = state.get("iks")
-    if saved is None:
-        raise IksError(
-            f"{where} is of a training without the block iks, which has no thresholds to go on with. To make its "
-            "network sparse, start a new training from its weights: path: pretrain_network_g: ...net_g_*.pth, without "
-            "resume_state and --auto_resume, under another name"
-        )
-    if saved.get("version") != STATE_VERSION:
-        raise IksError(f"{where}: expected version {STATE_VERSION} of its entry iks, got {saved.get('version')!r}")
-    if set(saved["networks"]) != set(block.networks):
-        raise IksError(
-            f"{where} is of a training that made {', '.join(saved['networks'])} sparse, and the block iks names "
-            f"{', '.join(block.networks)}: give the state's (network: ...)"
-        )
-    defaults = {"granularity": "weight", "law": "exact"}
-    for key, default in defaults.items():
-        wanted = block.options.get(key, default)
-        for builds in saved["networks"].values():
-            got = builds[0]["controller"][key]
-            if got != wanted:
-                raise IksError(
-                    f"{where}: expected {key} {wanted!r} as in the block iks, got {got!r}: write {key}: {got}"
-                )
 
 
 def _thresholds(build: _Build) -> list[nn.Parameter]:
