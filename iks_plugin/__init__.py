@@ -12,7 +12,7 @@ from .control import SparsityController
 from .errors import IksError, IksWarning, OptionError
 from .options import check_options
 from .report import LayerReport, Report, report
-from .rewrite import finalize, finalized, sparsify
+from .rewrite import finalize, finalized, gates_applied, is_sparsified, sparsify
 
 __version__ = "0.1.0.dev0"
 
@@ -26,6 +26,8 @@ __all__ = [
     "check_options",
     "finalize",
     "finalized",
+    "gates_applied",
+    "is_sparsified",
     "report",
     "sparsify",
 ]

@@ -121,7 +121,16 @@ class OptimizerWatcher:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [(name, t) for name, _, t in self._pairs() if id(t) in held and t.requires_grad]
         idle = [name for name, t in mine if t.grad is None]
+        frozen = [name for name, _, t in self._pairs() if not t.requires_grad]
         self._looked_for_idle_layers = True
+        if frozen:
+            warnings.warn(
+                f"{len(frozen)} rewritten layers do not require a gradient in the first step: they get zeros without "
+                "being trained. If they stay frozen, freeze them before sparsify, which leaves frozen layers alone, or "
+                f"leave them out: sparsify(..., exclude={frozen})",
+                IksWarning,
+                stacklevel=5,
+            )
         if idle and len(idle) < len(mine):
             warnings.warn(
                 f"{len(idle)} rewritten layers got no gradient in the first step: they do not learn, yet their zeros "

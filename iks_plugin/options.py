@@ -110,7 +110,7 @@ def check_sparsity(value: Any, name: str = "target_sparsity") -> float:
     """`value` as a float in [0, 1), or an `OptionError`."""
     expected = f"{name} must be a number in [0, 1)"
     if isinstance(value, str):
-        raise OptionError(f"{expected}, got the text {value!r}: write it without quotes")
+        raise OptionError(f"{expected}, got the text {value!r}: {_number_meant(value)}")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise OptionError(f"{expected}, got {value!r} of type {type(value).__name__}")
     number = float(value)
@@ -124,6 +124,15 @@ def check_sparsity(value: Any, name: str = "target_sparsity") -> float:
             f"{expected}, got {value}{why}: give the fraction of weights that are to become zero, such as 0.9"
         )
     return number
+
+
+def _number_meant(text: str) -> str:
+    """What to write in place of `text`, which YAML and shells make of numbers that are not quite theirs."""
+    try:
+        number = float(text.strip().rstrip("%").replace(",", "."))
+    except ValueError:
+        return "give the fraction of weights that are to become zero, such as 0.9"
+    return f"write {number / 100 if '%' in text or number >= 2 else number:g}, as a number"
 
 
 def near_misses(name: str, known: Iterable[str]) -> list[str]:
@@ -143,7 +152,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _check_goal(target_sparsity: Any, max_bytes: Any) -> None:
     if target_sparsity is None and max_bytes is None:
-        raise OptionError("sparsify needs a goal, got none: give target_sparsity, such as sparsify(model, 0.9)")
+        raise OptionError("sparsify needs a goal, got none: give target_sparsity, a fraction such as 0.9")
     if target_sparsity is not None and max_bytes is not None:
         raise OptionError(
             f"target_sparsity ({target_sparsity!r}) and max_bytes ({max_bytes!r}) exclude each other: give only one"

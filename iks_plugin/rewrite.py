@@ -1,7 +1,7 @@
 """The two changes to a user's model: `sparsify` puts gates before its convolutions, `finalize` takes them out again.
 
-`finalized` takes them out for a while. All check everything first and change the model afterwards, so a call that
-fails leaves it as it was.
+`finalized` takes them out for a while, `gates_applied` writes their outcome into the weights for a while. All check
+everything first and change the model afterwards, so a call that fails leaves it as it was.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from .selection import select
 
 FAR = 0.01
 """A projection that changes more than this share of the weights is worth a warning."""
+
+_IDLE = -60.0
+"""A threshold that takes 9e-27 off a weight: less than float32 can tell."""
 
 LEFT_ALONE = "_iks_left_alone"
 """Attribute, a plain string, that tells on a module why it was not rewritten."""
@@ -178,6 +181,39 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
         remove_gate(layer)
     _forget_compiled_graphs()
     return model
+
+
+def is_sparsified(model: nn.Module) -> bool:
+    """Whether `model`, or anything in it, has gates now: from `sparsify` to `finalize`, and not within `finalized`."""
+    return bool(gated_layers(model))
+
+
+@contextmanager
+def gates_applied(model: nn.Module) -> Iterator[nn.Module]:
+    """While it lasts, the parameters of `model` hold what its layers compute with: gated weights, and idle thresholds.
+
+        with iks_plugin.gates_applied(model):
+            ema.update_parameters(model)  # averages what the network is, and not weights and thresholds apart
+
+    For averages of weights (EMA, SWA) over a training: a mean weight behind a mean threshold is another network than
+    the mean of gated weights. The average is not sparse by itself; `finalize` and `finalized` make it so, as they cut
+    any copy to the target. The copy's thresholds take nothing off its weights.
+
+    Raises:
+        IksError: the model is not rewritten.
+    """
+    layers = unique(_layers_to_finalize(model)).values()
+    parameters = [parameter for layer in layers for parameter in (layer.raw_weight, layer.threshold)]
+    before = [parameter.data for parameter in parameters]
+    with torch.no_grad():
+        applied = [value for layer in layers for value in (layer.weight, torch.full_like(layer.threshold, _IDLE))]
+    try:
+        for parameter, value in zip(parameters, applied, strict=True):
+            parameter.data = value
+        yield model
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.data = value
 
 
 @contextmanager

@@ -21,10 +21,11 @@ WRONG: dict[str, tuple[Any, str]] = {
         r"block iks: target_sparsity must be a number in \[0, 1\), got 90: did you mean 0.9",
     ),
     "bare percent": (90, r"block iks: target_sparsity must be a number in \[0, 1\), got 90: did you mean 0.9"),
-    "text": ("0.9", r"block iks: expected options, got '0.9': write\s+iks:"),
+    "text": ("9e-1", r"block iks: target_sparsity must be .* got the text '9e-1': write 0.9, as a number"),
     "list": ([0.9], r"block iks: expected options, got \[0.9\]: write"),
     "switch": (True, "block iks: expected options, got True: write"),
-    "quoted": ({"target_sparsity": "0.9"}, "got the text '0.9': write it without quotes"),
+    "quoted": ({"target_sparsity": "0.9"}, "got the text '0.9': write 0.9, as a number"),
+    "no name": ({0.9: None}, r"block iks: expected names of options, got 0.9: write\s+iks:"),
     "unknown": ({"target_sparsity": 0.9, "granularty": "kernel"}, "'granularty': did you mean 'granularity'"),
     "unknown, ours": ({"target_sparsity": 0.9, "netwrok": "network_g"}, "no option 'netwrok': did you mean 'network'"),
     "granularity": ({"target_sparsity": 0.9, "granularity": "kernels"}, "got 'kernels': did you mean 'kernel'"),
@@ -36,13 +37,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "network type": (
         {"target_sparsity": 0.9, "network": 3},
-        r"network must be the key of a network.*\(network_g\), got 3",
+        "network must be the name of a network or a list of them, such as 'network_g', got 3",
     ),
-    "no network": ({"target_sparsity": 0.9, "network": []}, r"network must be the key of a network.*got \[\]"),
+    "no network": ({"target_sparsity": 0.9, "network": []}, r"network must be the name of a network.*got \[\]"),
     "long ramp": ({"target_sparsity": 0.9, "ramp_steps": 21}, r"ramp_steps must be at most total_steps \(20\), got 21"),
     "long total": (
         {"target_sparsity": 0.9, "total_steps": 21},
-        "total_steps is 21, and network_g is trained for 20 steps: leave it out",
+        "total_steps is 21, and the training has 20 steps: leave it out, and it follows from train: total_iter",
     ),
     "law without epochs": (
         {"target_sparsity": 0.9, "law": "paper"},
@@ -71,13 +72,39 @@ def test_wrong_blocks_are_refused_before_a_folder_is_touched(block, message, tmp
     ]
 
 
-@pytest.mark.parametrize("name", ["IKS", "isk", "ski", "iks-plugin", "Iks_Basicsr", "sparsity", "target_sparsity"])
-def test_a_misspelt_block_is_refused(name, tmp_path):
+@pytest.mark.parametrize("content", [0.9, {"target_sparsity": 0.9}, None])
+@pytest.mark.parametrize("name", ["IKS", "isk", "ikss", "ik", "iks_", "iks-plugin", "Iks_Basicsr", "target_sparsity"])
+def test_a_misspelt_block_is_refused(name, content, tmp_path):
     opt = toys.options(tmp_path, iks=None)
-    opt[name] = {"target_sparsity": 0.9}
+    opt[name] = content
     with pytest.raises(OptionError, match=f"run.yml: there is no block '{name}': did you mean 'iks'"):
         toys.train(opt, tmp_path)
     assert not (tmp_path / "experiments").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("sparsity", 0.5), ("ski", "a text"), ("isp", {"gain": 2}), ("sparse_loss", {"weight": 0.1})]
+)
+def test_blocks_of_other_codebases_are_none_of_ours(name, content, tmp_path):
+    opt = {**toys.options(tmp_path, iks=None), "is_train": True, name: content}
+    assert read_block(opt) is None
+
+
+@pytest.mark.parametrize("total", [None, "5e5", [1]])
+def test_a_training_of_unknown_length_is_refused(total, tmp_path):
+    opt = {**toys.options(tmp_path, train={"total_iter": total}), "is_train": True}
+    with pytest.raises(OptionError, match="train: total_iter must be the number of iterations, got"):
+        read_block(opt)
+
+
+def test_options_without_a_value_are_left_to_their_defaults(tmp_path):
+    block = read_block({**toys.options(tmp_path, iks={"target_sparsity": 0.9, "total_steps": None}), "is_train": True})
+    assert block is not None and block.options == {"target_sparsity": 0.9}
+
+
+def test_testing_does_not_mind_networks_that_it_has_not(tmp_path):
+    opt = toys.options(tmp_path, iks={"target_sparsity": 0.9, "network": ["network_g", "network_d"]})
+    assert read_block({**opt, "is_train": False}) is not None
 
 
 @pytest.mark.parametrize("place", ["train", "network_g", "path"])
@@ -197,13 +224,17 @@ def test_a_state_of_another_version_is_refused(tmp_path):
     torch.save(state, path)
     with pytest.raises(IksError, match="20.state: expected version 1 of its entry iks, got 99"):
         toys.train(opt, tmp_path, "--auto_resume")
+    for damage in ({"version": 1}, [], {**state["iks"], "version": 1, "networks": {"net_g": {}}}):
+        torch.save({**state, "iks": damage}, path)
+        with pytest.raises(IksError, match="20.state: its entry iks is damaged .*: resume from another state"):
+            toys.train(opt, tmp_path, "--auto_resume")
 
 
 @pytest.mark.parametrize("change", [{"include": "body.*"}, {"exclude": "upsample.*"}])
 def test_a_state_of_other_layers_is_refused(change, tmp_path):
     opt = trained(tmp_path)
     opt["iks"] = {"target_sparsity": 0.9, **change}
-    with pytest.raises(IksError, match="the training state does not fit network_g as the option file describes it"):
+    with pytest.raises(IksError, match="the training state does not fit net_g as the option file describes it"):
         toys.train(opt, tmp_path, "--auto_resume")
 
 
@@ -216,10 +247,19 @@ def test_a_checkpoint_whose_thresholds_do_not_fit_is_refused(tmp_path):
     torch.save({"params": net.state_dict()}, path)
     toys.write_images(tmp_path)
     opt = toys.options(tmp_path, path={"pretrain_network_g": str(path)})
-    message = r"(?s)published.pth does not fit the block iks.*body.0.conv1.threshold expected \(8, 8, 3, 3\).*'filter'"
+    message = (
+        r"does not fit the block iks .*: body.0.conv1.threshold expected \(8, 8, 3, 3\), got \(8, 1, 1, 1\): give the"
+    )
     with pytest.raises(IksError, match=message):
         toys.train(opt, tmp_path)
+    opt["path"]["strict_load_g"] = False
+    opt["name"] = "relaxed"
+    with pytest.raises(
+        IksError, match="does not fit the block iks .*: give the granularity of the training that made it"
+    ):
+        toys.train(opt, tmp_path)
     opt["iks"] = {"target_sparsity": 0.9, "granularity": "filter"}
+    opt["name"] = "fitting"
     assert "Save the latest model." in toys.train(opt, tmp_path)
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import basicsr_toys as toys
-from iks_basicsr.files import remove_unfinished, whole_files
+from iks_basicsr.files import whole_files
+from iks_plugin.files import remove_unfinished
 
 
 def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path):

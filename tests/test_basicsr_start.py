@@ -118,8 +118,8 @@ def test_several_processes(with_script, tmp_path):
         assert "World size (gpu number): 2" in done.stdout + done.stderr
         check_sparse(tmp_path)
     assert with_script or "iter: 20." in done.stdout + done.stderr
-    build = toys.saved(tmp_path, f"{end}.state", "training_states")["iks"]["networks"]["network_g"][0]
-    assert build["controller"]["steps"] == end
+    saved = toys.saved(tmp_path, f"{end}.state", "training_states")["iks"]["networks"]["net_g"]
+    assert saved["controller"]["steps"] == end
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,7 @@ def test_several_processes(with_script, tmp_path):
         ([], 2, "usage: python -m iks_basicsr"),
         (["--help"], 0, "usage: python -m iks_basicsr"),
         (["missing.py", "-opt", "x.yml"], 2, "cannot read the script 'missing.py': No such file"),
+        (["run.yml"], 2, "error: run.yml is an option file: write -opt run.yml"),
         (["-opt", "run.yml"], 2, "error: run.yml, block iks: target_sparsity must be a number in [0, 1), got 90"),
     ],
 )

@@ -17,6 +17,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 
 import basicsr_toys as toys
 from iks_plugin import IksError, IksWarning
+from iks_plugin.gate import soft_threshold
 
 EMA = {"train": {"ema_decay": 0.5}}
 
@@ -282,9 +283,49 @@ def test_skipped_generator_steps_are_taken_out_of_the_schedule(every, idle, tmp_
     toys.write_images(tmp_path)
     changes = toys.adversarial("SRGANModel", net_d_iters=every, net_d_init_iters=idle)
     toys.train(toys.options(tmp_path, **changes), tmp_path)
-    controller = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["network_g"][0]["controller"]
+    controller = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["net_g"]["controller"]
     steps = sum(1 for step in range(1, 21) if step % every == 0 and step > idle)
     assert controller["steps"] == controller["total_steps"] == steps
+
+
+def ema_of_gated_weights(folder: Path, opt: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """By hand: the mean of the networks after every iteration, weighted as BasicSR weighs them."""
+    decay, mean = opt["train"]["ema_decay"], None
+    for iteration in range(1, opt["train"]["total_iter"] + 1):
+        net = toys.saved(folder, f"{iteration}.state", "training_states")["iks"]["networks"]["net_g"]["network"]
+        gated = {}
+        for name, value in net.items():
+            threshold = net.get(name.replace("weight", "threshold")) if name.endswith("weight") else None
+            gated[name] = value if threshold is None else soft_threshold(value, threshold)
+        mean = gated if mean is None else {n: decay * mean[n] + (1 - decay) * gated[n] for n in gated}
+    return mean
+
+
+def test_the_ema_copy_averages_what_the_network_is(tmp_path):
+    """And not weights and thresholds apart, which makes another network while thresholds move."""
+    opt = prepared(tmp_path, "SRModel")
+    opt["train"].update(ema_decay=0.9, total_iter=30)
+    opt["logger"]["save_checkpoint_freq"] = 1
+    start = build_start(opt)
+    toys.train(opt, tmp_path)
+    expected = ema_of_gated_weights(tmp_path, opt)
+    weight_of_start = 0.9**30
+    got = toys.saved(tmp_path, "30.state", "training_states")["iks"]["networks"]["net_g_ema"]["network"]
+    kept = toys.saved(tmp_path, "net_g_30.pth")["params_ema"]
+    for name in ("body.0.conv1.weight", "upsample.0.weight", "conv_first.weight", "conv_last.bias"):
+        # `expected` counts the first network fully, BasicSR's copy starts as the one before it
+        first = toys.saved(tmp_path, "1.state", "training_states")["iks"]["networks"]["net_g"]["network"][name]
+        mean = expected[name] + weight_of_start * (start[name] - first)
+        torch.testing.assert_close(got[name], mean, rtol=1e-3, atol=2e-5)
+        survivors = kept[name] != 0
+        torch.testing.assert_close(kept[name][survivors], got[name][survivors])
+
+
+def build_start(opt: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from basicsr.utils import set_random_seed
+
+    set_random_seed(opt["manual_seed"])
+    return {name: value.clone() for name, value in build_network(opt["network_g"]).state_dict().items()}
 
 
 def test_options_of_a_network_stay_what_they_are(tmp_path):
@@ -303,7 +344,7 @@ def test_a_new_target_in_the_option_file_replaces_that_of_the_state(tmp_path):
     opt["iks"]["target_sparsity"] = 0.5
     opt["train"]["total_iter"] = 30
     log = toys.train(opt, tmp_path, "--auto_resume")
-    assert "the option file's target_sparsity, 0.5, replaces that of the state, 0.9" in log
+    assert "iks: net_g: the option file's target_sparsity, 0.5, replaces the state's, 0.9" in log
     gated = toys.convolutions_within(build_network(opt["network_g"]))
     for params in toys.saved(tmp_path, "net_g_latest.pth").values():
         zeros, weights = toys.zeros_and_weights(params, gated)
@@ -345,13 +386,12 @@ def test_an_ema_copy_that_is_new_starts_as_the_network(tmp_path):
     opt["train"].update(ema_decay=0.5, total_iter=21)
     opt["logger"]["save_checkpoint_freq"] = 1
     toys.train(opt, tmp_path, "--auto_resume")
-    net, copied = (
-        build["network"]
-        for build in toys.saved(tmp_path, "21.state", "training_states")["iks"]["networks"]["network_g"]
+    networks = toys.saved(tmp_path, "21.state", "training_states")["iks"]["networks"]
+    before = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["net_g"]["network"]
+    torch.testing.assert_close(
+        networks["net_g_ema"]["network"]["conv_first.weight"],
+        0.5 * before["conv_first.weight"] + 0.5 * networks["net_g"]["network"]["conv_first.weight"],
     )
-    before = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["network_g"][0]["network"]
-    for name, value in copied.items():
-        assert torch.allclose(value, 0.5 * before[name] + 0.5 * net[name]), name
 
 
 def test_a_resume_that_ends_before_the_ramp_is_warned_of(tmp_path):
@@ -385,7 +425,7 @@ def test_a_model_that_makes_fewer_steps_is_warned_of_with_the_remedy(tmp_path):
     opt["logger"]["save_checkpoint_freq"] = 1000
     log = toys.train(opt, tmp_path)
     assert "100 steps of the optimizer in 200 iterations, and 200 were expected" in log
-    assert "Add to the block iks: total_steps: 150" in log
+    assert "Add to the block iks, and resume: total_steps: 150" in log
 
 
 def test_a_model_that_builds_its_network_elsewhere_is_refused(tmp_path, monkeypatch):
@@ -394,6 +434,184 @@ def test_a_model_that_builds_its_network_elsewhere_is_refused(tmp_path, monkeypa
     toys.write_images(tmp_path)
     build = sr_model.build_network
     monkeypatch.setattr(sr_model, "build_network", lambda opt: build({**opt, "type": "".join(opt["type"])}))
-    with pytest.raises(IksError, match="SRModel has not built network_g with BasicSR's build_network"):
+    with pytest.raises(IksError, match="SRModel does not train the network_g that BasicSR's"):
         toys.train(toys.options(tmp_path), tmp_path)
     assert not list((tmp_path / "experiments" / "run" / "models").iterdir())
+
+
+# Model classes as other codebases write them
+
+
+def model_class(name: str, **members: Any) -> dict[str, Any]:
+    """Register a subclass of SRModel; returns the change of `options` that trains it."""
+    if name not in MODEL_REGISTRY:
+        MODEL_REGISTRY.register(type(name, (MODEL_REGISTRY.get("SRModel"),), members))
+    return {"model_type": name}
+
+
+def saves_the_best(self, *args, **kwargs):
+    super(type(self), self).nondist_validation(*args, **kwargs)
+    self.save_network([self.net_g, self.net_g_ema], "net_g", "best", param_key=["params", "params_ema"])
+    self.save_training_state(0, 10)
+
+
+def test_a_class_may_save_within_its_validation(tmp_path):
+    changes = model_class("SavesTheBestModel", nondist_validation=saves_the_best)
+    toys.write_images(tmp_path)
+    opt = toys.options(tmp_path, train={"ema_decay": 0.5}, **changes)
+    log = toys.train(opt, tmp_path)
+    check_exact(tmp_path, opt, "net_g_best.pth")
+    toys.assert_same(toys.saved(tmp_path, "net_g_best.pth"), toys.saved(tmp_path, "net_g_latest.pth"))
+    networks = toys.saved(tmp_path, "10.state", "training_states")["iks"]["networks"]  # overwritten by the last one
+    assert "body.0.conv1.threshold" in networks["net_g"]["network"]
+    assert networks["net_g"]["controller"]["steps"] == 20
+    assert psnr_in(log) > 0
+
+
+def check_exact(folder: Path, opt: dict[str, Any], name: str) -> None:
+    for params in toys.saved(folder, name).values():
+        build_network(opt["network_g"]).load_state_dict(params, strict=True)
+        zeros, weights = toys.zeros_and_weights(params, toys.convolutions_within(build_network(opt["network_g"])))
+        assert zeros == round(0.9 * weights)
+
+
+def copies_its_ema(self):
+    self.net_g_ema = copy.deepcopy(self.net_g)
+    self.ema_decay = 0
+    decay, self.opt["train"]["ema_decay"] = self.opt["train"]["ema_decay"], 0
+    ema, self.net_g_ema = self.net_g_ema, None
+    super(type(self), self).init_training_settings()
+    self.net_g_ema, self.ema_decay = ema, decay
+
+
+def test_an_ema_copy_that_a_class_makes_itself_is_delivered_as_well(tmp_path):
+    changes = model_class("CopiesItsEmaModel", init_training_settings=copies_its_ema)
+    toys.write_images(tmp_path)
+    opt = toys.options(tmp_path, train={"ema_decay": 0.5}, **changes)
+    toys.train(opt, tmp_path)
+    check_exact(tmp_path, opt, "net_g_latest.pth")
+    straight = toys.saved(tmp_path, "net_g_20.pth")
+    (tmp_path / "experiments" / "run" / "training_states" / "20.state").unlink()
+    toys.train(opt, tmp_path, "--auto_resume")
+    toys.assert_same(toys.saved(tmp_path, "net_g_20.pth"), straight)
+
+
+def test_a_wrapper_of_one_s_own_is_seen_through(tmp_path):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x)
+
+    def model_to_device(self, net):
+        return Wrapper(net.to(self.device))
+
+    toys.write_images(tmp_path)
+    opt = toys.options(tmp_path, **model_class("WrapsItModel", model_to_device=model_to_device))
+    toys.train(opt, tmp_path)
+    params = toys.saved(tmp_path, "net_g_latest.pth")["params"]
+    build_network(opt["network_g"]).load_state_dict({k.removeprefix("net."): v for k, v in params.items()}, strict=True)
+    gated = [f"net.{name}" for name in toys.convolutions_within(build_network(opt["network_g"]))]
+    zeros, weights = toys.zeros_and_weights(params, gated)
+    assert zeros == round(0.9 * weights)
+
+
+def test_a_part_of_a_network_is_not_saved_as_if_it_were_whole(tmp_path):
+    def save(self, epoch, current_iter):
+        self.save_network(self.net_g.body, "body", current_iter)
+
+    toys.write_images(tmp_path)
+    with pytest.raises(IksError, match="only a part of a rewritten model"):
+        toys.train(toys.options(tmp_path, **model_class("SavesAPartModel", save=save)), tmp_path)
+
+
+def test_a_network_that_is_built_anew_while_training_is_the_one_that_is_resumed(tmp_path):
+    def optimize_parameters(self, current_iter):
+        if current_iter == 5:
+            self.net_g = self.model_to_device(build_network(self.opt["network_g"]))
+            self.optimizer_g = self.get_optimizer("Adam", self.net_g.parameters(), lr=1e-3)
+            self.optimizers[0] = self.optimizer_g
+        super(type(self), self).optimize_parameters(current_iter)
+
+    toys.write_images(tmp_path)
+    opt = toys.options(tmp_path, **model_class("GrowsModel", optimize_parameters=optimize_parameters))
+    opt["train"]["scheduler"]["milestones"] = [100]
+    toys.train(opt, tmp_path)
+    straight = toys.saved(tmp_path, "net_g_20.pth")
+    assert toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["net_g"]["controller"]["steps"] == 16
+    (tmp_path / "experiments" / "run" / "training_states" / "20.state").unlink()
+    toys.train(opt, tmp_path, "--auto_resume")
+    toys.assert_same(toys.saved(tmp_path, "net_g_20.pth"), straight)
+
+
+def test_a_class_that_trains_a_copy_is_refused(tmp_path):
+    def init_training_settings(self):
+        self.net_g = copy.deepcopy(self.net_g)
+        super(type(self), self).init_training_settings()
+
+    toys.write_images(tmp_path)
+    changes = model_class("TrainsACopyModel", init_training_settings=init_training_settings)
+    with pytest.raises(IksError, match="TrainsACopyModel does not train the network_g that BasicSR's build_network"):
+        toys.train(toys.options(tmp_path, **changes), tmp_path)
+
+
+def test_a_class_whose_optimizer_never_steps_is_warned_of(tmp_path):
+    def optimize_parameters(self, current_iter):
+        self.log_dict = {}
+
+    toys.write_images(tmp_path)
+    changes = model_class("NeverStepsModel", optimize_parameters=optimize_parameters)
+    opt = toys.options(tmp_path, train={"total_iter": 210}, logger={"save_checkpoint_freq": 1000}, **changes)
+    assert "iks: network_g: no optimizer has made a step with it in 200 iterations" in toys.train(opt, tmp_path)
+
+
+def test_a_class_of_its_own_is_refused(tmp_path):
+    if "OwnBaseModel" not in MODEL_REGISTRY:
+        MODEL_REGISTRY.register(type("OwnBaseModel", (), {"__init__": lambda self, opt: None}))
+    toys.write_images(tmp_path)
+    with pytest.raises(IksError, match="OwnBaseModel is not derived from BasicSR's BaseModel"):
+        toys.train(toys.options(tmp_path, model_type="OwnBaseModel"), tmp_path)
+
+
+def test_methods_take_their_arguments_by_name(tmp_path):
+    toys.write_images(tmp_path)
+    opt = {**toys.options(tmp_path, train={"ema_decay": 0.5}), "is_train": True, "dist": False, "rank": 0}
+    opt["path"].update(models=str(tmp_path), training_states=str(tmp_path))
+    model = build_model(opt)
+    model.save_network(net=model.net_g, net_label="net_g", current_iter=1)
+    model.save_training_state(epoch=0, current_iter=1)
+    model.print_network(net=model.net_g)
+    model.load_network(net=model.net_g, load_path=str(tmp_path / "net_g_1.pth"))
+    model.resume_training(resume_state=torch.load(tmp_path / "1.state", weights_only=False))
+    model.update_learning_rate(current_iter=1)
+
+
+def test_options_of_a_model_are_plain_where_they_are_saved(tmp_path):
+    toys.write_images(tmp_path)
+    opt = {**toys.options(tmp_path), "is_train": True, "dist": False, "rank": 0}
+    opt["network_t"] = opt["network_g"]  # as a YAML anchor gives it
+    model = build_model(opt)
+    torch.save(model.opt, tmp_path / "options.pth")
+    assert type(torch.load(tmp_path / "options.pth", weights_only=False)["network_g"]["type"]) is str
+    assert type(model.opt["network_t"]["type"]) is str
+
+
+def test_layers_that_are_frozen_after_the_rewrite_are_warned_of(tmp_path):
+    opt = prepared(tmp_path, "VideoRecurrentModel")
+    with pytest.warns(IksWarning, match="24 rewritten layers do not require a gradient .*spynet.basic_module.0"):
+        toys.train(opt, tmp_path)
+
+
+def test_a_schedule_that_is_given_anew_replaces_that_of_the_state(tmp_path):
+    opt = prepared(tmp_path, "SRModel, no EMA")
+    opt["iks"] = {"target_sparsity": 0.9}
+    toys.train(opt, tmp_path)
+    opt["iks"]["ramp_steps"] = 25
+    opt["train"]["total_iter"] = 30
+    log = toys.train(opt, tmp_path, "--auto_resume")
+    assert "iks: net_g: the option file's ramp_steps, 25, replaces the state's, 12" in log
+    assert "iks: network_g: resumed after 20 steps, at a sparsity of 0.9" in log
+    controller = toys.saved(tmp_path, "30.state", "training_states")["iks"]["networks"]["net_g"]["controller"]
+    assert controller["ramp_steps"] == 25 and controller["total_steps"] == 30

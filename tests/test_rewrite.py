@@ -277,3 +277,41 @@ def test_finalized_keeps_the_memory_format():
 def test_finalized_refuses_what_finalize_refuses(model, target, message):
     with pytest.raises(IksError, match=message), iks_plugin.finalized(model(), target):
         pass
+
+
+def test_with_gates_applied_the_parameters_are_the_gated_weights():
+    model = trained(0.8)
+    x = torch.randn(1, 3, 9, 9)
+    expected, gated = model(x), model[2].weight.detach().clone()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    mean = copy.deepcopy(model)
+    with iks_plugin.gates_applied(model):
+        assert torch.equal(model.state_dict()["2.weight"], gated)
+        assert torch.equal(model(x), expected)
+        mean.load_state_dict(model.state_dict())
+    assert toys.states_equal(dict(model.state_dict()), before)
+    assert torch.equal(mean(x), expected)
+    iks_plugin.finalize(mean, 0.9)
+    assert zeros(mean) == round(0.9 * 2 * 24 * 24 * 9)
+    survivors = mean[2].weight != 0
+    assert torch.equal(mean[2].weight[survivors], gated[survivors])
+
+
+def test_gates_applied_refuses_a_model_without_gates_and_gives_them_back_after_an_error():
+    with pytest.raises(IksError, match="not rewritten"), iks_plugin.gates_applied(toys.plain_sr()):
+        pass
+    model = trained(0.8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), iks_plugin.gates_applied(model):
+        raise ZeroDivisionError
+    assert toys.states_equal(dict(model.state_dict()), before)
+
+
+def test_a_model_is_sparsified_until_it_is_finalized():
+    model = toys.plain_sr()
+    assert not iks_plugin.is_sparsified(model)
+    iks_plugin.sparsify(model, 0.5)
+    assert iks_plugin.is_sparsified(model) and iks_plugin.is_sparsified(nn.Sequential(model))
+    with iks_plugin.finalized(model):
+        assert not iks_plugin.is_sparsified(model)
+    assert iks_plugin.is_sparsified(model)

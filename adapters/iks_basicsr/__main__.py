@@ -36,6 +36,8 @@ def main() -> int:
         print(USAGE, end="")
         return 0 if arguments else WRONG_USE
     try:
+        if arguments[0].endswith((".yml", ".yaml")):
+            raise IksError(f"{arguments[0]} is an option file: write -opt {arguments[0]}")
         if not arguments[0].startswith("-"):
             return _run_script(arguments[0], arguments[1:])
         return _run_basicsr(arguments)
@@ -48,6 +50,9 @@ def _run_basicsr(arguments: list[str]) -> int:
     from basicsr.test import test_pipeline
     from basicsr.train import train_pipeline
 
+    from .spawned import SCRIPT
+
+    os.environ.pop(SCRIPT, None)  # of a training that has started this one
     sys.modules["__main__"].__spec__ = _spec_of_spawned()
     if "--test" in arguments:
         sys.argv.remove("--test")
@@ -63,12 +68,12 @@ def _run_script(path: str, arguments: list[str]) -> int:
     from .spawned import SCRIPT
 
     try:
-        code = compile(Path(path).read_bytes(), path, "exec")
+        code = compile(Path(path).read_bytes(), os.path.abspath(path), "exec", dont_inherit=True)
     except OSError as error:
         print(f"iks_basicsr: error: cannot read the script {path!r}: {error.strerror}", file=sys.stderr)
         return WRONG_USE
     script = ModuleType("__main__")
-    script.__file__ = path
+    script.__file__ = os.path.abspath(path)
     script.__spec__ = _spec_of_spawned()
     sys.modules["__main__"] = script
     os.environ[SCRIPT] = str(Path(path).resolve())

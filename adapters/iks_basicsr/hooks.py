@@ -1,4 +1,4 @@
-"""Where the adapter enters BasicSR: four functions of it that every training and every model class passes through."""
+"""Where the adapter enters BasicSR: five functions of it that every training and every model class passes through."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from iks_plugin import IksError
 
 from . import compat
 from .block import read_block
+from .networks import SparseType
 from .state import check_state
-from .training import SparseTraining, SparseType
+from .training import SparseTraining
 
 
 def install() -> None:
     """Enter BasicSR, once in a process."""
+    import basicsr.models
     import basicsr.test
     import basicsr.train
     import basicsr.utils.options
@@ -25,6 +27,9 @@ def install() -> None:
     parse_options = _parse_options(basicsr.utils.options.parse_options)
     for module in (basicsr.utils.options, basicsr.train, basicsr.test):
         module.parse_options = parse_options
+    build_model = _build_model(basicsr.models.build_model)
+    for module in (basicsr.models, basicsr.train, basicsr.test):
+        module.build_model = build_model
     basicsr.train.load_resume_state = _load_resume_state(basicsr.train.load_resume_state)
     BaseModel.__init__ = _base_model_init(BaseModel.__init__)
     ARCH_REGISTRY.get = _architecture(ARCH_REGISTRY.get)
@@ -71,9 +76,24 @@ def _base_model_init(original: Callable[..., None]) -> Callable[..., None]:
         original(self, opt)
         block = read_block(opt)
         if block is not None and self.is_train:
-            SparseTraining(self, block)
+            self.iks_training = SparseTraining(self, block)
 
     return __init__
+
+
+def _build_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse models of which nothing would become sparse."""
+
+    def build_model(opt: dict[str, Any]) -> Any:
+        model = original(opt)
+        if "iks" in opt and opt.get("is_train") and not hasattr(model, "iks_training"):
+            raise IksError(
+                f"block iks: {type(model).__name__} is not derived from BasicSR's BaseModel, so that nothing would "
+                "become sparse: call iks_plugin.sparsify in the model's own code, and leave the block out"
+            )
+        return model
+
+    return build_model
 
 
 def _architecture(original: Callable[..., Any]) -> Callable[..., Any]:

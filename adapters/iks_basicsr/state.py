@@ -1,8 +1,8 @@
-"""Whether a training state can be resumed: what it says under `iks`, against the block of the option file.
+"""What a training state says under `iks`, and whether it can be resumed with the block of an option file.
 
-Beside BasicSR's own content a state holds `{"iks": {"version": 1, "networks": {key: [build, ...]}}}`: for each network
-its builds in their order, the trained one and then its EMA copy, and of each the `network` before its gates and the
-state of its `controller`.
+Beside BasicSR's own content a state holds `{"iks": {"version": 1, "keys": [...], "networks": {attribute: saved}}}`: the
+block's networks, and by the model's attributes (net_g, net_g_ema, ...) the `network` before its gates and the state of
+its `controller`, None for a copy.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from iks_plugin import IksError
-
-from .block import Block
+from iks_plugin.block import Block
 
 STATE_VERSION = 1
 
@@ -32,19 +31,20 @@ def check_state(state: Mapping[str, Any], block: Block, where: str = "the traini
             "network sparse, start a new training from its weights: path: pretrain_network_g: ...net_g_*.pth, without "
             "resume_state and --auto_resume, under another name"
         )
-    if saved.get("version") != STATE_VERSION:
-        raise IksError(f"{where}: expected version {STATE_VERSION} of its entry iks, got {saved.get('version')!r}")
-    if set(saved["networks"]) != set(block.networks):
-        raise IksError(
-            f"{where} is of a training that made {', '.join(saved['networks'])} sparse, and the block iks names "
-            f"{', '.join(block.networks)}: give the state's (network: ...)"
-        )
-    defaults = {"granularity": "weight", "law": "exact"}
-    for key, default in defaults.items():
-        wanted = block.options.get(key, default)
-        for builds in saved["networks"].values():
-            got = builds[0]["controller"][key]
-            if got != wanted:
+    try:
+        if saved["version"] != STATE_VERSION:
+            raise IksError(f"{where}: expected version {STATE_VERSION} of its entry iks, got {saved['version']!r}")
+        if set(saved["keys"]) != set(block.networks):
+            raise IksError(
+                f"{where} is of a training that made {', '.join(saved['keys'])} sparse, and the block iks names "
+                f"{', '.join(block.networks)}: give the state's (network: ...)"
+            )
+        controllers = [network["controller"] for network in saved["networks"].values()]
+        for key, default in (("granularity", "weight"), ("law", "exact")):
+            wanted = block.options.get(key, default)
+            for got in {controller[key] for controller in controllers if controller is not None} - {wanted}:
                 raise IksError(
                     f"{where}: expected {key} {wanted!r} as in the block iks, got {got!r}: write {key}: {got}"
                 )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IksError(f"{where}: its entry iks is damaged ({error!r}): resume from another state") from None

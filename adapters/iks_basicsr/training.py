@@ -7,9 +7,8 @@ the work; the wrappers show it plain networks where it validates and saves, and 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,36 +16,21 @@ from torch import Tensor, nn
 
 import iks_plugin
 from iks_plugin import IksError, SparsityController
+from iks_plugin.block import Block
+from iks_plugin.files import remove_unfinished
 
-from .block import Block, optimizer_steps
-from .files import remove_unfinished, whole_files
+from .block import optimizer_steps
+from .files import whole_files
+from .networks import Networks
 from .state import STATE_VERSION, check_state
 
 _FAR = 0.01
 """From this distance to the target on, a log line says where the training stands."""
 _ITERATIONS_WATCHED = 200
 """After so many, the adapter has seen how many steps of the optimizer an iteration makes."""
+_SCHEDULE = ("total_steps", "ramp_steps", "interval")
 
-
-class SparseType(str):
-    """The name of an architecture, equal to the plain string, that also knows which network of which model it is for.
-
-    It replaces `type` in the options of a network, so that BasicSR's registry can tell the networks that become sparse
-    from others of the same architecture.
-    """
-
-    made_sparse: Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]
-
-    def __deepcopy__(self, memo: Any) -> SparseType:
-        return self  # build_network copies the options
-
-
-@dataclass(frozen=True)
-class _Build:
-    """One network that was built for a key of the options: the trained one, or its EMA copy."""
-
-    net: nn.Module
-    controller: SparsityController
+Original = Callable[..., Any]
 
 
 class SparseTraining:
@@ -63,13 +47,15 @@ class SparseTraining:
     def __init__(self, model: Any, block: Block) -> None:
         self._model = model
         self._block = block
-        self._builds: dict[str, list[_Build]] = {key: [] for key in block.networks}
         self._first_iteration: int | None = None
+        self._validates = False
+        self._delivery = ExitStack()
         wrappers: dict[str, Callable[..., Any]] = {
             "_print_different_keys_loading": self._print_different_keys_loading,
             "get_current_log": self._get_current_log,
             "get_optimizer": self._get_optimizer,
             "load_network": self._load_network,
+            "model_ema": self._model_ema,
             "print_network": self._print_network,
             "resume_training": self._resume_training,
             "save_network": self._save_network,
@@ -82,61 +68,25 @@ class SparseTraining:
             raise IksError(f"{type(model).__name__} has no {', '.join(missing)}: expected a model of BasicSR 1.4.2")
         for name, wrapper in wrappers.items():
             setattr(model, name, partial(wrapper, getattr(model, name)))
-        for key in block.networks:
-            kind = SparseType(model.opt[key]["type"])
-            kind.made_sparse = partial(self._made_sparse, key)
-            model.opt[key]["type"] = kind
+        self._networks = Networks(model, block, self._tell_layers)
         if self._is_master():
             paths = model.opt["path"]
             remove_unfinished(paths[key] for key in ("models", "training_states") if key in paths)
 
     # Building
 
-    def _made_sparse(self, key: str, architecture: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        """`architecture`, but for networks that are rewritten as soon as they are built."""
-        return partial(self._build, key, architecture)
-
-    def _build(self, key: str, architecture: Callable[..., nn.Module], **options: Any) -> nn.Module:
-        net = architecture(**options)
-        try:
-            controller = iks_plugin.sparsify(net, **self._block.keywords(key, self._model.opt))
-        except IksError as error:
-            raise type(error)(f"block iks, {key} ({type(net).__name__}): {error}") from None
-        if not self._builds[key]:
-            report = iks_plugin.report(net)
-            rewritten = sum(layer.rewritten for layer in report.layers)
-            self._log(
-                f"iks: {key}: {rewritten} of {len(report.layers)} layers are rewritten; of their {report.weights:,} "
-                f"weights {controller.target_sparsity:.2%} become zero.\n{report}"
-            )
-        self._builds[key].append(_Build(net, controller))
-        return net
-
-    def _trained(self) -> Iterator[tuple[str, _Build]]:
-        """The build of each network that an optimizer trains; at first, the one that was built first."""
-        for key, builds in self._builds.items():
-            if builds:
-                yield key, max(builds, key=lambda build: build.controller.steps)
-
-    def _build_of(self, net: nn.Module) -> _Build | None:
-        bare = self._model.get_bare_model(net)
-        return next((build for builds in self._builds.values() for build in builds if build.net is bare), None)
-
-    def _print_network(self, original: Callable[..., Any], net: nn.Module) -> None:
+    def _print_network(self, original: Original, net: nn.Module) -> None:
         original(net)
-        build = self._build_of(net)
-        if build is not None:
-            weights = iks_plugin.report(build.net).model_weights
-            thresholds = sum(p.numel() for p in build.net.parameters()) - weights
+        if iks_plugin.is_sparsified(net):
+            weights = iks_plugin.report(net).model_weights
+            thresholds = sum(p.numel() for p in net.parameters()) - weights
             self._log(f"iks: {thresholds:,} of these parameters are thresholds, which no file has: {weights:,} without")
 
-    def _get_optimizer(
-        self, original: Callable[..., Any], optim_type: str, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _get_optimizer(self, original: Original, optim_type: str, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Put thresholds into groups of their own where there is weight decay, which must not touch them."""
         given = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        thresholds = {id(p) for builds in self._builds.values() for build in builds for p in _thresholds(build)}
+        thresholds = self._networks.thresholds()
         split: list[dict[str, Any]] = []
         for group in groups:
             members = list(group["params"])
@@ -150,115 +100,142 @@ class SparseTraining:
 
     # Loading and resuming
 
-    def _load_network(
-        self, original: Callable[..., Any], net: nn.Module, load_path: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_network(self, original: Original, net: nn.Module, load_path: str, *args: Any, **kwargs: Any) -> None:
         try:
             original(net, load_path, *args, **kwargs)
         except RuntimeError as error:
-            if self._build_of(net) is None or "threshold" not in str(error):
+            if not iks_plugin.is_sparsified(net) or "threshold" not in str(error):
                 raise
             raise IksError(f"{load_path} does not fit the block iks of the option file. {error}") from error
 
     def _print_different_keys_loading(
-        self, original: Callable[..., Any], net: nn.Module, loaded: dict[str, Tensor], *args: Any, **kwargs: Any
+        self, original: Original, crt_net: nn.Module, load_net: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> None:
         """Complete a file without thresholds by the network's own, so that BasicSR does not warn of each of them."""
-        build = self._build_of(net)
-        if build is not None:
-            mine = {id(p) for p in _thresholds(build)}
-            for name, parameter in build.net.named_parameters():
-                if id(parameter) in mine and f"{name.removesuffix('threshold')}weight" in loaded:
-                    loaded.setdefault(name, parameter.detach())
-        original(net, loaded, *args, **kwargs)
+        thresholds = self._networks.thresholds()
+        for name, parameter in self._model.get_bare_model(crt_net).named_parameters():
+            if id(parameter) in thresholds and f"{name.removesuffix('threshold')}weight" in load_net:
+                loaded = load_net.setdefault(name, parameter.detach())
+                if loaded.numel() != parameter.numel():
+                    raise IksError(
+                        f"the file does not fit the block iks of the option file: {name} expected "
+                        f"{tuple(parameter.shape)}, got {tuple(loaded.shape)}: give the granularity of the training "
+                        "that made it"
+                    )
+        original(crt_net, load_net, *args, **kwargs)
 
-    def _resume_training(self, original: Callable[..., Any], state: Mapping[str, Any]) -> None:
+    def _resume_training(self, original: Original, resume_state: dict[str, Any]) -> None:
         """After BasicSR has loaded the plain weights: put back the weights before the gate, thresholds, controllers."""
-        check_state(state, self._block)
-        for key, builds in self._builds.items():
-            saved = state["iks"]["networks"][key]
-            for position, build in enumerate(builds):
-                # An EMA copy that the saved training did not have starts as the network, as in BasicSR.
-                self._restore(key, build, saved[min(position, len(saved) - 1)])
-        original(state)
+        check_state(resume_state, self._block)
+        saved = resume_state["iks"]["networks"]
+        ignored = self._model.opt["path"].get("ignore_resume_networks") or ()
+        for attribute, module in self._networks.attributes().items():
+            key, controller = self._networks.within(module) or (None, None)
+            # An EMA copy that the saved training did not have starts as the network, as in BasicSR.
+            own = saved.get(attribute) or saved.get(attribute.removesuffix("_ema"))
+            if own is None:
+                raise IksError(
+                    f"the training state has no {attribute}, it has {', '.join(saved)}: resume with its model_type"
+                )
+            if key not in ignored:
+                self._restore(attribute, self._model.get_bare_model(module), controller, own)
+        original(resume_state)
+        resume_state.pop("iks")  # BasicSR keeps the state as long as it trains
+        for key, _, controller in self._networks.trained():
+            self._log(f"iks: {key}: resumed after {controller.steps} steps, at a sparsity of {controller.sparsity:.4f}")
         self._warn_of_a_short_rest()
 
-    def _restore(self, key: str, build: _Build, saved: Mapping[str, Any]) -> None:
-        wanted = build.controller.target_sparsity
+    def _restore(
+        self, attribute: str, net: nn.Module, controller: SparsityController | None, saved: dict[str, Any]
+    ) -> None:
         try:
-            build.controller.load_state_dict(saved["controller"])
-            if key not in (self._model.opt["path"].get("ignore_resume_networks") or ()):
-                build.net.load_state_dict(saved["network"])
+            if controller is not None and saved["controller"] is not None:
+                self._restore_controller(attribute, controller, saved["controller"])
+            net.load_state_dict(saved["network"])
         except (IksError, RuntimeError) as error:
-            raise IksError(f"the training state does not fit {key} as the option file describes it: {error}") from error
-        if build.controller.target_sparsity != wanted:
-            self._log(
-                f"iks: {key}: the option file's target_sparsity, {wanted}, replaces that of the state, "
-                f"{build.controller.target_sparsity}"
-            )
-            build.controller.target_sparsity = wanted
+            raise IksError(
+                f"the training state does not fit {attribute} as the option file describes it: {error}"
+            ) from error
+
+    def _restore_controller(self, attribute: str, controller: SparsityController, saved: dict[str, Any]) -> None:
+        """Take up the saved progress; what the option file says of target and schedule goes before what was saved."""
+        present = controller.state_dict()
+        replaced = ["target_sparsity", *(_SCHEDULE if set(_SCHEDULE) & set(self._block.options) else ())]
+        state = {**saved, **{name: present[name] for name in replaced}}
+        for name in replaced:
+            if saved[name] != present[name]:
+                self._log(
+                    f"iks: {attribute}: the option file's {name}, {present[name]}, replaces the state's, {saved[name]}"
+                )
+        controller.load_state_dict(state)
 
     def _warn_of_a_short_rest(self) -> None:
-        for key, build in self._trained():
-            end, ramp = optimizer_steps(key, self._model.opt), build.controller.state_dict()["ramp_steps"]
+        for key, _, controller in self._networks.trained():
+            end, ramp = optimizer_steps(key, self._model.opt), controller.state_dict()["ramp_steps"]
             if ramp is not None and end < ramp:
                 self._warn(
                     f"iks: {key}: the resumed training is to raise the sparsity until step {ramp}, and train: "
-                    f"total_iter ends it at step {end}: the target is not reached by training. Raise total_iter"
+                    f"total_iter ends it at step {end}: the target is not reached by training. Raise total_iter, or "
+                    "give ramp_steps"
                 )
 
     # Training
 
-    def _update_learning_rate(self, original: Callable[..., Any], current_iter: int, *args: Any, **kwargs: Any) -> None:
+    def _update_learning_rate(self, original: Original, current_iter: int, *args: Any, **kwargs: Any) -> None:
         """Called at the start of every iteration."""
         original(current_iter, *args, **kwargs)
         if self._first_iteration is None:
-            unbuilt = [key for key, builds in self._builds.items() if not builds]
-            if unbuilt:
+            missing = self._networks.missing()
+            if missing:
                 raise IksError(
-                    f"block iks: {type(self._model).__name__} has not built {', '.join(unbuilt)} with BasicSR's "
-                    "build_network, so it would be trained without becoming sparse: name other networks "
+                    f"block iks: {type(self._model).__name__} does not train the {', '.join(missing)} that BasicSR's "
+                    "build_network has built for it, so that nothing would become sparse: name other networks "
                     "(network: ...), or call iks_plugin.sparsify in the model's own code"
                 )
             self._first_iteration = current_iter
         elif current_iter - self._first_iteration == _ITERATIONS_WATCHED:
-            self._warn_of_few_steps(current_iter)
+            self._warn_of_few_steps(current_iter - 1)
 
-    def _get_current_log(self, original: Callable[..., Any]) -> dict[str, Any]:
+    def _model_ema(self, original: Original, *args: Any, **kwargs: Any) -> None:
+        """Average what the networks are: a mean weight behind a mean threshold is another network."""
+        with ExitStack() as stack:
+            for _, net, _ in self._networks.trained():
+                if iks_plugin.is_sparsified(net):
+                    stack.enter_context(iks_plugin.gates_applied(net))
+            original(*args, **kwargs)
+
+    def _get_current_log(self, original: Original) -> dict[str, Any]:
         log = OrderedDict(original())
-        for key, build in self._trained():
-            log[self._label(key)] = build.controller.sparsity
+        for key, _, controller in self._networks.trained():
+            log[self._label(key)] = controller.sparsity
         return log
 
     def _label(self, key: str) -> str:
-        return "sparsity" if len(self._builds) == 1 else f"sparsity_{key.removeprefix('network_')}"
+        return "sparsity" if len(self._block.networks) == 1 else f"sparsity_{key.removeprefix('network_')}"
 
     # Validating and saving
 
-    @staticmethod
-    @contextmanager
-    def _delivered(builds: Iterable[_Build]) -> Iterator[None]:
-        """While it lasts, the networks are what `finalize` makes of them, and so what an untouched BasicSR loads."""
-        with ExitStack() as stack:
-            for build in builds:
-                stack.enter_context(iks_plugin.finalized(build.net))
-            yield
-
     def _validation(
         self,
-        original: Callable[..., Any],
+        original: Original,
         dataloader: Any,
         current_iter: Any,
         tb_logger: Any,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        with self._delivered(build for builds in self._builds.values() for build in builds):
+        """Validate what would be saved now: all networks as `finalize` makes them."""
+        self._validates = True
+        try:
+            self._deliver(self._networks.attributes().values())
             result = original(dataloader, current_iter, tb_logger, *args, **kwargs)
-            reports = [(key, build, iks_plugin.report(build.net)) for key, build in self._trained()]
+            trained = [(key, controller, iks_plugin.report(net)) for key, net, controller in self._networks.trained()]
+        finally:
+            self._validates = False
+            self._delivery.close()
         data = getattr(getattr(dataloader, "dataset", None), "opt", {}).get("name", "")
-        for key, build, report in reports:
-            label, reached = self._label(key), build.controller.sparsity
+        for key, controller, report in trained:
+            label, reached = self._label(key), controller.sparsity
             on_its_way = abs(reached - report.sparsity) > _FAR
             self._log(
                 f"Validation {data}\n\t # {label}: {report.sparsity:.4f}\t{report.zeros:,} of {report.weights:,} "
@@ -267,48 +244,74 @@ class SparseTraining:
             )
             if tb_logger:
                 tb_logger.add_scalar(f"metrics/{data}/{label}", report.sparsity, current_iter)
-                build.controller.log(tb_logger, current_iter)
+                controller.log(tb_logger, current_iter)
         return result
 
-    def _save_network(self, original: Callable[..., Any], net: Any, *args: Any, **kwargs: Any) -> None:
-        if self._is_master():
-            builds = [self._build_of(each) for each in (net if isinstance(net, list) else [net])]
-            with self._delivered(build for build in builds if build), whole_files():
-                original(net, *args, **kwargs)
+    def _deliver(self, modules: Iterable[nn.Module], stack: ExitStack | None = None) -> None:
+        """Until `stack` is closed, let `modules` be plain; those that are so already stay as they are."""
+        for module in modules:
+            if iks_plugin.is_sparsified(module):
+                (stack or self._delivery).enter_context(iks_plugin.finalized(module))
 
-    def _save_training_state(self, original: Callable[..., Any], epoch: int, current_iter: int) -> None:
-        if not self._is_master():
-            return
+    def _save_network(self, original: Original, net: Any, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as stack, whole_files():
+            if self._is_master():
+                self._deliver(net if isinstance(net, list) else [net], stack)
+            original(net, *args, **kwargs)
+
+    def _save_training_state(
+        self, original: Original, epoch: int, current_iter: int, *args: Any, **kwargs: Any
+    ) -> None:
         if current_iter == -1:  # the end
             self._warn_of_a_missed_target()
-        networks = {
-            key: [{"network": b.net.state_dict(), "controller": b.controller.state_dict()} for b in builds]
-            for key, builds in self._builds.items()
-        }
-        with whole_files({"iks": {"version": STATE_VERSION, "networks": networks}}):
-            original(epoch, current_iter)
+        self._delivery.close()  # a class may save within its validation
+        attributes = self._networks.attributes()
+        networks = {}
+        for attribute, module in attributes.items():
+            _, controller = self._networks.within(module) or (None, None)
+            networks[attribute] = {
+                "network": self._model.get_bare_model(module).state_dict(),
+                "controller": None if controller is None else controller.state_dict(),
+            }
+        entry = {"version": STATE_VERSION, "keys": list(self._block.networks), "networks": networks}
+        with whole_files({"iks": entry}):
+            original(epoch, current_iter, *args, **kwargs)
+        if self._validates:
+            self._deliver(attributes.values())
 
     # Telling
 
-    def _warn_of_few_steps(self, current_iter: int) -> None:
+    def _tell_layers(self, key: str, report: iks_plugin.Report) -> None:
+        rewritten = sum(layer.rewritten for layer in report.layers)
+        self._log(
+            f"iks: {key}: {rewritten} of {len(report.layers)} layers are rewritten; of their {report.weights:,} "
+            f"weights {report.target_sparsity:.2%} become zero.\n{report}"
+        )
+
+    def _warn_of_few_steps(self, iterations: int) -> None:
         """The ramp is laid out for as many steps as BasicSR's own models make: others may make fewer."""
-        for key, build in self._trained():
-            whole = {**self._model.opt, "train": {**self._model.opt["train"], "total_iter": current_iter - 1}}
+        for key, _, controller in self._networks.trained():
+            until_now = {"train": {**self._model.opt["train"], "total_iter": iterations}}
             try:
-                expected = optimizer_steps(key, whole)
+                expected = optimizer_steps(key, until_now)
             except IksError:  # the discriminator's time
                 continue
-            made, total = build.controller.steps, optimizer_steps(key, self._model.opt)
-            if 0 < made < 0.9 * expected and "total_steps" not in self._block.options:
+            made, total = controller.steps, optimizer_steps(key, self._model.opt)
+            if made == 0:
                 self._warn(
-                    f"iks: {key}: {made} steps of the optimizer in {current_iter - 1} iterations, and {expected} were "
-                    "expected: at that pace the training ends before the target is reached. Add to the block iks: "
-                    f"total_steps: {max(1, total * made // expected)}"
+                    f"iks: {key}: no optimizer has made a step with it in {iterations} iterations, so that it does not "
+                    "become sparse"
+                )
+            elif made < 0.9 * expected and "total_steps" not in self._block.options:
+                self._warn(
+                    f"iks: {key}: {made} steps of the optimizer in {iterations} iterations, and {expected} were "
+                    "expected: at that pace the training ends before the target is reached. Add to the block iks, and "
+                    f"resume: total_steps: {max(1, total * made // expected)}"
                 )
 
     def _warn_of_a_missed_target(self) -> None:
-        for key, build in self._trained():
-            reached, target = build.controller.sparsity, build.controller.target_sparsity
+        for key, _, controller in self._networks.trained():
+            reached, target = controller.sparsity, controller.target_sparsity
             if abs(reached - target) > _FAR:
                 self._warn(
                     f"iks: {key}: training ended at {reached:.1%} zeros, and the files have the target's {target:.1%}: "
@@ -326,11 +329,6 @@ class SparseTraining:
     def _warn(self, message: str) -> None:
         if self._is_master():
             _logger().warning(message)
-
-
-def _thresholds(build: _Build) -> list[nn.Parameter]:
-    thresholds: list[nn.Parameter] = build.controller.param_groups()[1]["params"]
-    return thresholds
 
 
 def _logger() -> Any:

@@ -1,0 +1,258 @@
+"""One runner of MMEngine whose generator becomes sparse.
+
+The model is rewritten as soon as it is built, before the runner wraps it for distributed training, builds optimizers or
+lets hooks copy it. Two hooks do the rest: one that comes before all others and one that comes after them, so that EMA
+hooks, which swap the weights of two copies, only ever see gated networks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+import iks_plugin
+from iks_plugin import IksError, OptionError, SparsityController
+from iks_plugin.block import Block
+
+from . import checkpoints, compat
+from .hooks import FirstHook, LastHook
+from .schedule import optimizer_steps
+
+_FAR = 0.01
+"""From this distance to the target on, a log line says where the training stands."""
+
+
+class SparseTraining:
+    """Makes the named networks of a runner's model sparse.
+
+    Args:
+        runner: MMEngine's runner, which has just built `model`.
+        model: its model, not wrapped yet.
+        block: the checked entry `iks` of its config.
+
+    Raises:
+        OptionError: the model has no such network, or an option does not fit it.
+        IksError: the network cannot be rewritten.
+    """
+
+    def __init__(self, runner: Any, model: nn.Module, block: Block) -> None:
+        self._runner = runner
+        self._model = model
+        self._trains = False
+        self._validation = ExitStack()
+        self._reached: dict[str, float] = {}
+        networks = {name: _find(model, name) for name in block.networks}
+        keywords = {name: block.keywords(optimizer_steps(runner, model, name), "train_cfg") for name in networks}
+        _initialise_now(runner, model)
+        self._controllers: dict[str, SparsityController] = {}
+        for name, network in networks.items():
+            try:
+                self._controllers[name] = iks_plugin.sparsify(network, **keywords[name])
+            except IksError as error:
+                raise type(error)(f"config key iks, {name} ({type(network).__name__}): {error}") from None
+            self._tell_layers(name, network)
+            _copy_anew(model, name, network)
+        _keep_decay_off_thresholds(runner.optim_wrapper)
+        runner.wrap_model = partial(compat.wrap_model, runner.wrap_model, runner=runner)
+        runner.register_hooks = partial(self._register_hooks, runner.register_hooks)
+        checkpoints.protect(runner)
+
+    def _register_hooks(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        averaging: list[Any] = [hook for hook in self._runner.hooks if isinstance(hook, _ema_hooks())]
+        for hook in averaging:
+            hook.after_train_iter = partial(self._average, hook.after_train_iter)
+        self._runner.register_hook(FirstHook(self))
+        self._runner.register_hook(LastHook(self))
+
+    def _average(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Let an EMA hook average what the networks are: a mean weight behind a mean threshold is another network."""
+        with ExitStack() as stack:
+            for name in self._controllers:
+                stack.enter_context(iks_plugin.gates_applied(_find(self._model, name)))
+            original(*args, **kwargs)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """The gated networks by their present names in the model: the trained ones, and EMA copies beside them."""
+        names = [name + suffix for name in self._controllers for suffix in ("", "_ema")]
+        found = [_locate(self._model, name) for name in names]
+        return {name: network for name, network in filter(None, found) if _is_gated(network)}
+
+    # What the hooks call
+
+    def begin(self) -> None:
+        self._trains = True
+
+    def end(self) -> None:
+        self._trains = False
+        for name, controller in self._controllers.items():
+            reached, target = controller.sparsity, controller.target_sparsity
+            if abs(reached - target) > _FAR:
+                self._runner.logger.warning(
+                    f"iks: {name}: training ended at {reached:.1%} zeros, and the checkpoints have the target's "
+                    f"{target:.1%}: the rest was made zero without training, which costs quality. Train longer "
+                    "(train_cfg), or raise the sparsity faster (iks.ramp_steps)"
+                )
+
+    def log_iteration(self) -> None:
+        """Leave the sparsity where MMEngine's logger finds it, in iterations that are logged."""
+        self._validation.close()  # an error in a validation may have left it open
+        if self._runner.iter + 1 in (1, self._runner.max_iters) or self._is_logged():
+            for name, controller in self._controllers.items():
+                self._runner.message_hub.update_scalar(f"train/{self._label(name)}", controller.sparsity)
+
+    def _is_logged(self) -> bool:
+        from mmengine.hooks import LoggerHook
+
+        intervals = [hook.interval for hook in self._runner.hooks if isinstance(hook, LoggerHook)]
+        return any((self._runner.iter + 1) % interval == 0 for interval in intervals)
+
+    def note_sparsity(self) -> None:
+        """Where training stands, while its own weights are still in place."""
+        self._reached = {name: controller.sparsity for name, controller in self._controllers.items()}
+
+    def open_validation(self) -> None:
+        """Until it is closed, the networks are what a checkpoint of now would hold; or, untrained, what was loaded."""
+        trained = self._trains or any(controller.steps for controller in self._controllers.values())
+        for network in self._networks().values():
+            self._validation.enter_context(iks_plugin.finalized(network, None if trained else 0))
+
+    def close_validation(self, mode: str) -> None:
+        reports = {name: iks_plugin.report(_find(self._model, name)) for name in self._controllers}
+        self._validation.close()
+        for name, report in reports.items():
+            self._runner.message_hub.update_scalar(f"{mode}/{self._label(name)}", report.sparsity)
+            reached = self._reached.get(name, report.sparsity)
+            if self._trains and abs(reached - report.sparsity) > _FAR:
+                self._runner.logger.info(
+                    f"iks: {name} was validated as it is saved, with {report.sparsity:.2%} zeros; training is on its "
+                    f"way at {reached:.2%}, so that this lies below what it will reach"
+                )
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        from mmengine.model import is_model_wrapper
+
+        if "ema_state_dict" not in checkpoint:  # MMEngine swaps the two by their names
+            wrapped = [name for name, child in self._model.named_children() if is_model_wrapper(child)]
+            checkpoints.drop_wrappers(checkpoint, wrapped)
+        gated = checkpoints.take_gates_out(checkpoint, self._networks())
+        states = {name: controller.state_dict() for name, controller in self._controllers.items()}
+        checkpoint["iks"] = {"version": checkpoints.VERSION, "controllers": states, "gated": gated}
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Complete a checkpoint that is resumed from; look at one that is loaded."""
+        where = f"the checkpoint {checkpoint.get('filename') or self._runner._load_from or 'to resume from'}"
+        networks = self._networks()
+        if not self._runner._resume:
+            checkpoints.check_fit(checkpoint.get("state_dict", checkpoint), networks, where)
+            return
+        states = checkpoints.put_gates_in(checkpoint, networks, where)
+        if states.keys() != self._controllers.keys():
+            raise IksError(f"{where}: expected iks.network {sorted(states)}, got {sorted(self._controllers)}")
+        for name, controller in self._controllers.items():
+            wanted = controller.target_sparsity
+            try:
+                controller.load_state_dict(states[name])
+            except IksError as error:
+                raise IksError(f"{where} does not fit the config key iks, {name}: {error}") from None
+            if controller.target_sparsity != wanted:
+                self._runner.logger.warning(
+                    f"iks: {name}: the config's target_sparsity, {wanted}, replaces that of the checkpoint, "
+                    f"{controller.target_sparsity}"
+                )
+                controller.target_sparsity = wanted
+
+    # Telling
+
+    def _label(self, name: str) -> str:
+        return "sparsity" if len(self._controllers) == 1 else f"sparsity_{name}"
+
+    def _tell_layers(self, name: str, network: nn.Module) -> None:
+        report = iks_plugin.report(network)
+        rewritten = sum(layer.rewritten for layer in report.layers)
+        self._runner.logger.info(
+            f"iks: {name}: {rewritten} of {len(report.layers)} layers are rewritten; of their {report.weights:,} "
+            f"weights {report.target_sparsity:.2%} become zero.\n{report}"
+        )
+
+
+def _ema_hooks() -> tuple[type, ...]:
+    from mmagic.engine.hooks import ExponentialMovingAverageHook
+    from mmengine.hooks import EMAHook
+
+    return EMAHook, ExponentialMovingAverageHook
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    located = _locate(model, name)
+    if located is None:
+        children = [child for child, module in model.named_children() if next(module.parameters(), None) is not None]
+        raise OptionError(
+            f"config key iks.network: {type(model).__name__} has no network {name!r}, "
+            f"it has {', '.join(children) or 'none'}"
+        )
+    return located[1]
+
+
+def _locate(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
+    """The network called `name` out of the wrappers it may be in, and its name in checkpoints."""
+    from mmengine.model import is_model_wrapper
+
+    try:
+        module: Any = model.get_submodule(name)
+    except AttributeError:
+        return None
+    while is_model_wrapper(module) or hasattr(module, "avg_parameters"):
+        if not is_model_wrapper(module):  # an average's keys tell of it, those of a wrapper for distribution do not
+            name = f"{name}.module"
+        module = module.module
+    return name, module
+
+
+def _is_gated(network: nn.Module) -> bool:
+    return iks_plugin.report(network).target_sparsity is not None
+
+
+def _initialise_now(runner: Any, model: nn.Module) -> None:
+    """What the runner does before it trains: in-place initialisation through gates would be lost."""
+    from mmengine.dist import broadcast
+
+    if hasattr(model, "init_weights"):
+        model.init_weights()  # type: ignore[operator]
+
+    def share() -> None:
+        for value in model.state_dict().values():
+            broadcast(value)
+
+    runner._init_model_weights = share
+
+
+def _copy_anew(model: nn.Module, name: str, network: nn.Module) -> None:
+    """Let the EMA copy that a model has made of its generator have gates as well: copy it once more."""
+    copied: Any = getattr(model, f"{name}_ema", None)
+    if type(copied) is type(network):
+        setattr(model, f"{name}_ema", copy.deepcopy(network))
+    elif hasattr(copied, "avg_parameters") and type(copied.module) is type(network):  # MMEngine's averaged model
+        copied.module = copy.deepcopy(network).requires_grad_(False)
+        copied.avg_parameters = (
+            copied.module.state_dict() if copied.update_buffers else dict(copied.module.named_parameters())
+        )
+
+
+def _keep_decay_off_thresholds(optim_wrapper: Any) -> None:
+    """Give the thresholds no weight decay, in every optimizer of a config that has some."""
+    if not isinstance(optim_wrapper, dict):
+        return
+    optimizer = optim_wrapper.get("optimizer")
+    if optimizer is None:
+        for each in optim_wrapper.values():
+            _keep_decay_off_thresholds(each)
+    elif optimizer.get("weight_decay"):
+        paramwise = optim_wrapper.get("paramwise_cfg") or {}
+        custom_keys = {**paramwise.get("custom_keys", {}), ".threshold": {"decay_mult": 0.0}}
+        optim_wrapper["paramwise_cfg"] = {**paramwise, "custom_keys": custom_keys}

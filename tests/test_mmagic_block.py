@@ -1,0 +1,150 @@
+"""Wrong entries `iks` and checkpoints that do not fit are refused, by the config key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmagic")
+
+import torch
+
+import mmagic_toys as toys
+from basicsr_toys import write_images
+from iks_plugin import IksError, OptionError
+
+WRONG = {
+    "percent": ("dict(target_sparsity=90)", r"config key iks: target_sparsity must be .* got 90: did you mean 0.9"),
+    "bare percent": ("90", "config key iks: target_sparsity must be .* got 90: did you mean 0.9"),
+    "empty": ("None", r"config key iks: it is empty: .*such as\s+iks = dict\(target_sparsity=0.9\)"),
+    "no goal": ("dict(granularity='weight')", "config key iks: sparsify needs a goal"),
+    "text": ("'0.9'", "config key iks: expected options, got '0.9': write"),
+    "unknown": ("dict(target_sparsity=0.9, granularty='kernel')", "config key iks: .*did you mean 'granularity'"),
+    "ours": ("dict(target_sparsity=0.9, netwrok='x')", "config key iks: .*'netwrok': did you mean 'network'"),
+    "export": ("dict(target_sparsity=0.9, export=True)", "config key iks: export needs the compact file format"),
+    "network": (
+        "dict(target_sparsity=0.9, network='generater')",
+        "config key iks.network: BaseEditModel has no network 'generater', it has generator",
+    ),
+    "network type": ("dict(target_sparsity=0.9, network=3)", "config key iks: network must be the name of a network"),
+    "long ramp": ("dict(target_sparsity=0.9, ramp_steps=21)", r"ramp_steps must be at most total_steps \(20\), got 21"),
+    "long total": (
+        "dict(target_sparsity=0.9, total_steps=21)",
+        "total_steps is 21, and the training has 20 steps: leave it out, and it follows from train_cfg",
+    ),
+    "pattern": (
+        "dict(target_sparsity=0.9, include='bodyy.*')",
+        r"config key iks, generator \(EDSRNet\): .*'bodyy\.\*'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("iks", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_entries_are_refused_when_the_runner_is_built(iks, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        toys.run(toys.write_config(tmp_path, iks))
+    assert not list((tmp_path / "work").rglob("*.pth"))
+
+
+def test_a_training_of_unknown_length_is_refused(tmp_path):
+    more = 'train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", val_interval=10)'
+    with pytest.raises(OptionError, match="config key train_cfg: expected max_iters or max_epochs"):
+        toys.run(toys.write_config(tmp_path, more=more))
+
+
+def test_a_generator_that_is_never_trained_is_refused(tmp_path):
+    more = """
+model = dict(
+    type="SRGAN",
+    discriminator=dict(type="UNetDiscriminatorWithSpectralNorm", in_channels=3, mid_channels=8),
+    gan_loss=dict(type="GANLoss", gan_type="vanilla"),
+    train_cfg=dict(disc_init_steps=20),
+)
+"""
+    with pytest.raises(OptionError, match="generator is never trained: .* 20 iterations"):
+        toys.run(toys.write_config(tmp_path, more=more))
+
+
+@pytest.mark.parametrize(("max_epochs", "batch_size", "accumulated", "steps"), [(5, 2, 1, 10), (3, 1, 2, 6)])
+def test_epochs_count_as_their_steps(max_epochs, batch_size, accumulated, steps, tmp_path):
+    write_images(tmp_path, 4)
+    more = f"""
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs={max_epochs})
+train_dataloader = dict(num_workers=0, batch_size={batch_size}, sampler=dict(type="DefaultSampler"),
+                        dataset=dict(pipeline=train_pipeline, **images))
+optim_wrapper = dict(accumulative_counts={accumulated}, optimizer=dict(lr=1e-3))
+default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True, out_dir=None, save_best=None))
+"""
+    toys.run(toys.write_config(tmp_path, more=more))
+    controller = toys.saved(tmp_path, f"epoch_{max_epochs}.pth")["iks"]["controllers"]["generator"]
+    assert controller["total_steps"] == controller["steps"] == steps
+
+
+def trained(folder: Path, iks: str | None) -> Path:
+    write_images(folder, 4)
+    toys.run(toys.write_config(folder, iks))
+    return folder / "work" / "iter_20.pth"
+
+
+RESUMES = {
+    "of a dense training": (None, "0.9", "is of a training without the config key iks.*load_from = "),
+    "other granularity": (
+        "dict(target_sparsity=0.9, granularity='kernel')",
+        "dict(target_sparsity=0.9, granularity='filter')",
+        r"does not fit the config key iks: .*expected \(8, 1, 1, 1\), got \(8, 8, 1, 1\): give iks.granularity",
+    ),
+    "other law": (
+        "dict(target_sparsity=0.9, law='paper', interval=2)",
+        "0.9",
+        "does not fit the config key iks, generator: .*law expected 'exact', got 'paper'",
+    ),
+    "other layers": (
+        "0.9",
+        "dict(target_sparsity=0.9, exclude='upsample.*')",
+        "are of layers that only one of the two",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "message"), RESUMES.values(), ids=RESUMES)
+def test_checkpoints_that_do_not_fit_are_not_resumed_from(before, after, message, tmp_path):
+    kept = trained(tmp_path, before).read_bytes()
+    with pytest.raises(IksError, match=message):
+        toys.run(toys.write_config(tmp_path, after), resume=True)
+    assert (tmp_path / "work" / "iter_20.pth").read_bytes() == kept
+
+
+def test_a_checkpoint_of_another_version_is_not_resumed_from(tmp_path):
+    path = trained(tmp_path, "0.9")
+    checkpoint = torch.load(path)
+    checkpoint["iks"]["version"] = 99
+    torch.save(checkpoint, path)
+    with pytest.raises(IksError, match="expected version 1 of its entry iks, got 99"):
+        toys.run(toys.write_config(tmp_path), resume=True)
+
+
+def test_a_checkpoint_whose_thresholds_do_not_fit_is_not_loaded(tmp_path):
+    path = trained(tmp_path, "dict(target_sparsity=0.9, granularity='kernel')")
+    checkpoint = torch.load(path)
+    checkpoint["state_dict"].update(checkpoint["iks"]["gated"]["state_dict"])  # as the published code saves it
+    torch.save(checkpoint, tmp_path / "published.pth")
+    config = toys.write_config(tmp_path)
+    with pytest.raises(IksError, match=r"published.pth does not fit the config key iks: .*give iks.granularity"):
+        toys.run(config, load_from=str(tmp_path / "published.pth"))
+
+
+def test_a_new_target_in_the_config_replaces_that_of_the_checkpoint(tmp_path):
+    trained(tmp_path, "0.9")
+    toys.run(toys.write_config(tmp_path, "0.5"), resume=True, train_cfg__max_iters=40)
+    assert "the config's target_sparsity, 0.5, replaces that of the checkpoint, 0.9" in toys.log_of(tmp_path)
+    state = toys.saved(tmp_path, "iter_40.pth")["state_dict"]
+    kernels = [state[f"generator.{name}.weight"] for name in ("body.0.conv1", "body.0.conv2", "conv_after_body")]
+    kernels.append(state["generator.upsample.0.upsample_conv.weight"])
+    assert sum(int((kernel == 0).sum()) for kernel in kernels) == round(0.5 * sum(k.numel() for k in kernels))
+
+
+def test_a_training_that_misses_its_target_says_so(tmp_path):
+    write_images(tmp_path, 4)
+    toys.run(toys.write_config(tmp_path, "dict(target_sparsity=0.9, interval=19)"))
+    assert "training ended at" in toys.log_of(tmp_path) or "interval" in toys.log_of(tmp_path)

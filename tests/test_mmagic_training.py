@@ -1,0 +1,237 @@
+"""Real trainings of real MMagic with an entry `iks`: resumed, validated, saved, tested."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mmagic")
+
+import mmagic_toys as toys
+from basicsr_toys import assert_same, write_images
+from iks_plugin import IksWarning
+
+EMA = 'custom_hooks = [dict(type="EMAHook", momentum=0.1)]'
+AMP = 'optim_wrapper = dict(type="AmpOptimWrapper", dtype="bfloat16", optimizer=dict(lr=1e-3))'
+CASES = {
+    "plain": ("", "dict(target_sparsity=0.9)"),
+    "EMA": (EMA, "dict(target_sparsity=0.9, granularity='filter')"),
+    "AMP": (AMP, "0.9"),
+    "AMP and EMA": (f"{AMP}\n{EMA}", "dict(target_sparsity=0.9, granularity='kernel')"),
+    "paper": ("", "dict(target_sparsity=0.9, law='paper', interval=3)"),
+    "accumulation and clipping": (
+        "optim_wrapper = dict(accumulative_counts=2, clip_grad=dict(max_norm=0.1), optimizer=dict(lr=1e-3))",
+        "dict(target_sparsity=0.9)",
+    ),
+    "weight decay": ("optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.1))", "dict(target_sparsity=0.9)"),
+}
+
+
+def zeros_and_weights(state: dict[str, Any], prefix: str = "generator.") -> tuple[int, int]:
+    """Over the convolutions within, by the documented rule."""
+    kernels = [
+        value
+        for key, value in state.items()
+        if key.startswith(prefix) and key.endswith("weight") and value.ndim == 4 and min(value.shape[:2]) > 4
+    ]
+    return sum(int((kernel == 0).sum()) for kernel in kernels), sum(kernel.numel() for kernel in kernels)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_training_is_the_straight_one_to_the_bit(case, tmp_path, monkeypatch):
+    # MMEngine's AMP works on a CPU but for this check.
+    monkeypatch.setattr("mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available", lambda: True)
+    more, iks = CASES[case]
+    write_images(tmp_path, 4)
+    config = toys.write_config(tmp_path, iks, more)
+    toys.run(config)
+    straight = toys.saved(tmp_path, "iter_20.pth")
+    for path in (tmp_path / "work").glob("*_20.pth"):
+        path.unlink()
+    (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_10.pth"))
+    toys.run(config, resume=True)
+    resumed = toys.saved(tmp_path, "iter_20.pth")
+    for key in straight.keys() - {"meta", "message_hub"}:
+        assert_same(resumed[key], straight[key], key)
+    assert ("ema_state_dict" in straight) == ("EMA" in case)
+    for part, lead in (("state_dict", ""), ("ema_state_dict", "module.")):
+        if part in straight:
+            assert not any("threshold" in key for key in straight[part])
+            zeros, weights = zeros_and_weights(straight[part], f"{lead}generator.")
+            assert weights == 4032 and zeros == round(0.9 * weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", EMA], ids=["plain", "EMA"])
+def test_an_untouched_mmagic_tests_checkpoints_as_training_validated_them(more, tmp_path):
+    """MMagic's own tools: the training with the entry, the test in a process that never imports the plug-in."""
+    write_images(tmp_path, 4)
+    config = toys.write_config(tmp_path, "dict(target_sparsity=0.5)", more)
+    toys.run_tool("train", config, "--cfg-options", "iks.target_sparsity=0.9", folder=tmp_path)
+    log = toys.log_of(tmp_path)
+    logged = re.findall(r"Iter\(val\) \[4/4\]    PSNR: (\S+)  sparsity: (\S+)", log)
+    assert [sparsity for _, sparsity in logged] == ["0.9000", "0.9000"]
+    untouched = toys.write_config(tmp_path, None, more, name="untouched.py")
+    for number, (psnr, _) in zip((10, 20), logged, strict=True):
+        zeros, weights = zeros_and_weights(toys.saved(tmp_path, f"iter_{number}.pth")["state_dict"])
+        assert zeros == round(0.9 * weights)
+        done = toys.run_tool("test", untouched, tmp_path / "work" / f"iter_{number}.pth", folder=tmp_path)
+        assert re.search(r"Iter\(test\) \[4/4\]    PSNR: (\S+)", done.stdout + done.stderr)[1] == psnr
+        assert "threshold" not in done.stdout + done.stderr
+
+
+def test_the_command_line_and_the_adapter_test_as_well(tmp_path):
+    """A config with the entry tests what is in the file: it takes nothing off a dense network."""
+    write_images(tmp_path, 4)
+    dense = toys.run(toys.write_config(tmp_path, None, name="dense.py"))
+    assert dense.metrics is not None
+    path = str(tmp_path / "work" / "iter_20.pth")
+    untouched = toys.run(toys.write_config(tmp_path, None, name="dense.py"), "test", load_from=path)
+    ours = toys.run(toys.write_config(tmp_path), "test", load_from=path)
+    assert ours.metrics == untouched.metrics
+
+
+def test_configs_without_the_entry_train_as_ever(tmp_path):
+    """Against MMagic in a process that has never seen the plug-in."""
+    write_images(tmp_path, 4)
+    config = toys.write_config(tmp_path, None, EMA)
+    toys.run_tool("train", config, folder=tmp_path)
+    untouched = toys.saved(tmp_path, "iter_20.pth")
+    shutil.rmtree(tmp_path / "work")
+    config.write_text(config.read_text() + 'custom_imports = dict(imports=["iks_mmagic"])\n')
+    toys.run(config)
+    ours = toys.saved(tmp_path, "iter_20.pth")
+    for key in untouched.keys() - {"meta", "message_hub"}:
+        assert_same(ours[key], untouched[key], key)
+
+
+def test_sparsity_is_in_every_log(tmp_path):
+    write_images(tmp_path, 4)
+    more = (
+        'visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])\n'
+        "train_cfg = dict(max_iters=100, val_interval=20)"
+    )
+    toys.run(toys.write_config(tmp_path, more=more))
+    log = toys.log_of(tmp_path)
+    reached = [float(value) for value in re.findall(r"Iter\(train\).*sparsity: (\S+)", log)]
+    assert reached[1::2] == sorted(reached[1::2]) and reached[-1] == 0.9 and 0.3 < reached[2] < 0.9
+    assert "iks: generator: 4 of 6 layers are rewritten; of their 4,032 weights 90.00% become zero." in log
+    assert "validated as it is saved, with 90.00% zeros; training is on its way at 63." in log
+    lines = [json.loads(line) for line in next((tmp_path / "work").rglob("scalars.json")).read_text().splitlines()]
+    assert {line["sparsity"] for line in lines if "PSNR" in line} == {3629 / 4032}
+    assert any("loss" in line and "sparsity" in line for line in lines)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "work").rglob("events.out*")).parent)).Reload()
+    assert "sparsity" in events.Tags()["scalars"]
+
+
+def test_weight_decay_leaves_thresholds_alone(tmp_path):
+    write_images(tmp_path, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IksWarning)  # the core would warn if the groups were not apart
+        runner = toys.run(toys.write_config(tmp_path, more=CASES["weight decay"][0]))
+    names = {id(parameter): name for name, parameter in runner.model.named_parameters()}
+    for group in runner.optim_wrapper.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0 if names[id(parameter)].endswith("threshold") else 0.1)
+
+
+def test_initialisation_is_not_lost_in_the_gates(tmp_path):
+    write_images(tmp_path, 4)
+    init = 'dict(type="Constant", layer="Conv2d", val=0.125)'
+    more = f"model = dict(generator=dict(mid_channels=8, num_blocks=1), init_cfg={init})\ntrain_cfg = dict(max_iters=1)"
+    runner = toys.run(toys.write_config(tmp_path, more=more + "\noptim_wrapper = dict(optimizer=dict(lr=0.0))"))
+    for name, value in runner.model.state_dict().items():
+        if name.endswith("conv1.weight"):
+            assert (value == 0.125).all(), name
+
+
+GAN = """
+model = dict(
+    type="{model}",
+    generator=dict(
+        _delete_=True, type="{generator}", in_channels=3, out_channels=3, mid_channels=8, num_blocks=1, {more}
+    ),
+    discriminator=dict(type="UNetDiscriminatorWithSpectralNorm", in_channels=3, mid_channels=8),
+    gan_loss=dict(type="GANLoss", gan_type="vanilla", loss_weight=0.1, real_label_val=1.0, fake_label_val=0),
+    train_cfg=dict(disc_steps={disc_steps}, disc_init_steps={disc_init_steps}),
+)
+adam = dict(type="OptimWrapper", optimizer=dict(type="Adam", lr=1e-3))
+optim_wrapper = dict(_delete_=True, constructor="MultiOptimWrapperConstructor", generator=adam, discriminator=adam)
+param_scheduler = dict(_delete_=True, type="MultiStepLR", by_epoch=False, milestones=[15], gamma=0.5)
+{hooks}
+"""
+EMA_OF_MMAGIC = (
+    'custom_hooks = [dict(type="ExponentialMovingAverageHook", module_keys=("generator_ema"), interval=1, '
+    "interp_cfg=dict(momentum=0.1))]"
+)
+
+
+@pytest.mark.parametrize(("disc_steps", "disc_init_steps"), [(1, 0), (2, 5)])
+@pytest.mark.parametrize(("model", "generator"), [("SRGAN", "MSRResNet"), ("ESRGAN", "RRDBNet")])
+def test_a_gan_whose_generator_alone_becomes_sparse(model, generator, disc_steps, disc_init_steps, tmp_path):
+    write_images(tmp_path, 4)
+    extra = "upscale_factor=2" if generator == "MSRResNet" else "growth_channels=4, upscale_factor=2"
+    more = GAN.format(
+        model=model,
+        generator=generator,
+        more=extra,
+        disc_steps=disc_steps,
+        disc_init_steps=disc_init_steps,
+        hooks=EMA_OF_MMAGIC,
+    )
+    config = toys.write_config(tmp_path, more=more)
+    toys.run(config)
+    straight = toys.saved(tmp_path, "iter_20.pth")
+    state = straight["state_dict"]
+    for prefix in ("generator.", "generator_ema."):
+        zeros, weights = zeros_and_weights(state, prefix)
+        assert zeros == round(0.9 * weights) > 0, prefix
+    assert not any("threshold" in key for key in state)
+    assert zeros_and_weights(state, "discriminator.")[0] == 0
+    steps = sum(1 for step in range(20) if step % disc_steps == 0 and step >= disc_init_steps)
+    controller = straight["iks"]["controllers"]["generator"]
+    assert controller["steps"] == controller["total_steps"] == steps
+    if disc_steps == 1:  # MMagic does not keep the counter of a GAN's steps
+        for path in (tmp_path / "work").glob("*_20.pth"):
+            path.unlink()
+        (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_10.pth"))
+        toys.run(config, resume=True)
+        resumed = toys.saved(tmp_path, "iter_20.pth")
+        for key in ("state_dict", "optimizer", "iks"):
+            assert_same(resumed[key], straight[key], key)
+
+
+GENERATORS = {
+    "MSRResNet": 'type="MSRResNet", in_channels=3, out_channels=3, mid_channels=8, num_blocks=1, upscale_factor=2',
+    "RDNNet": (
+        'type="RDNNet", in_channels=3, out_channels=3, mid_channels=8, num_blocks=1, upscale_factor=2, num_layers=2, '
+        "channel_growth=8"
+    ),
+    "RRDBNet": (
+        'type="RRDBNet", in_channels=3, out_channels=3, mid_channels=8, num_blocks=1, growth_channels=4, '
+        "upscale_factor=2"
+    ),
+    "SwinIRNet": (
+        'type="SwinIRNet", upscale=2, in_chans=3, img_size=16, window_size=8, img_range=1.0, depths=[1], embed_dim=12, '
+        'num_heads=[2], mlp_ratio=2, upsampler="pixelshuffledirect", resi_connection="1conv"'
+    ),
+    "SRCNNNet": 'type="SRCNNNet", channels=(3, 8, 8, 3), kernel_sizes=(9, 3, 5), upscale_factor=2',
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators(name, tmp_path):
+    write_images(tmp_path, 4)
+    more = f"model = dict(generator=dict(_delete_=True, {GENERATORS[name]}))\ntrain_cfg = dict(max_iters=10)"
+    runner = toys.run(toys.write_config(tmp_path, "0.75", more))
+    zeros, weights = zeros_and_weights(toys.saved(tmp_path, "iter_10.pth")["state_dict"])
+    assert zeros == round(0.75 * weights) > 0
+    assert type(runner.model.generator).__name__ == name
