@@ -95,7 +95,7 @@ def run(config: Path, what: str = "train", **changes: Any) -> Any:
     cfg = Config.fromfile(str(config))
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
     runner = Runner.from_cfg(cfg)
-    runner.metrics = getattr(runner, what)()
+    getattr(runner, what)()
     return runner
 
 

@@ -19,7 +19,7 @@ WRONG = {
     "bare percent": ("90", "config key iks: target_sparsity must be .* got 90: did you mean 0.9"),
     "empty": ("None", r"config key iks: it is empty: .*such as\s+iks = dict\(target_sparsity=0.9\)"),
     "no goal": ("dict(granularity='weight')", "config key iks: sparsify needs a goal"),
-    "text": ("'0.9'", "config key iks: expected options, got '0.9': write"),
+    "text": ("'0.9'", "config key iks: target_sparsity must be .* got the text '0.9': write 0.9, as a number"),
     "unknown": ("dict(target_sparsity=0.9, granularty='kernel')", "config key iks: .*did you mean 'granularity'"),
     "ours": ("dict(target_sparsity=0.9, netwrok='x')", "config key iks: .*'netwrok': did you mean 'network'"),
     "export": ("dict(target_sparsity=0.9, export=True)", "config key iks: export needs the compact file format"),
@@ -28,10 +28,13 @@ WRONG = {
         "config key iks.network: BaseEditModel has no network 'generater', it has generator",
     ),
     "network type": ("dict(target_sparsity=0.9, network=3)", "config key iks: network must be the name of a network"),
-    "long ramp": ("dict(target_sparsity=0.9, ramp_steps=21)", r"ramp_steps must be at most total_steps \(20\), got 21"),
+    "long ramp": (
+        "dict(target_sparsity=0.9, ramp_steps=21)",
+        r"config key iks: ramp_steps must be at most total_steps \(20\), got 21",
+    ),
     "long total": (
         "dict(target_sparsity=0.9, total_steps=21)",
-        "total_steps is 21, and the training has 20 steps: leave it out, and it follows from train_cfg",
+        "config key iks: total_steps is 21, and the training has 20 steps: .* it follows from train_cfg",
     ),
     "pattern": (
         "dict(target_sparsity=0.9, include='bodyy.*')",

@@ -167,6 +167,7 @@ def check_resumed_from(iteration: int, log: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:

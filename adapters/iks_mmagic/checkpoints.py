@@ -35,8 +35,8 @@ def take_gates_out(checkpoint: dict[str, Any], networks: Mapping[str, nn.Module]
     gated: dict[str, dict[str, Tensor]] = {}
     for part, lead in PARTS.items():
         for name, network in networks.items():
-            prefix = f"{lead}{name}."
             state = checkpoint.get(part, {})
+            prefix = _prefix(state, lead, name, network)
             inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
             if not inside:
                 continue
@@ -48,6 +48,14 @@ def take_gates_out(checkpoint: dict[str, Any], networks: Mapping[str, nn.Module]
                 del state[f"{prefix}{key}"]
             state.update({f"{prefix}{key}": plain[key] for key in plain if key in kept})
     return gated
+
+
+def _prefix(state: Mapping[str, Any], lead: str, name: str, network: nn.Module) -> str:
+    """What the keys of `network` begin with in `state`, where it may be wrapped for distribution."""
+    wrapped = f"{lead}{name}.module."
+    if any(key.startswith(wrapped) for key in state) and not hasattr(network, "module"):
+        return wrapped
+    return f"{lead}{name}."
 
 
 def drop_wrappers(checkpoint: dict[str, Any], children: Iterable[str]) -> None:
@@ -112,7 +120,7 @@ def check_fit(
         complete: the thresholds must be there for every gated layer, and for no other.
     """
     own = {
-        f"{lead}{name}.{key}": value
+        f"{_prefix(state, lead, name, network)}{key}": value
         for name, network in networks.items()
         for key, value in network.state_dict().items()
         if key == "threshold" or key.endswith(".threshold")

@@ -47,7 +47,11 @@ class SparseTraining:
         self._validation = ExitStack()
         self._reached: dict[str, float] = {}
         networks = {name: _find(model, name) for name in block.networks}
-        keywords = {name: block.keywords(optimizer_steps(runner, model, name), "train_cfg") for name in networks}
+        steps = {name: optimizer_steps(runner, model, name) for name in networks}
+        try:
+            keywords = {name: block.keywords(steps[name], "train_cfg") for name in networks}
+        except OptionError as error:
+            raise OptionError(f"config key iks: {error}") from None
         _initialise_now(runner, model)
         self._controllers: dict[str, SparsityController] = {}
         for name, network in networks.items():
