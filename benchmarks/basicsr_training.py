@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument(
         "--test-name", default="{}", metavar="TEMPLATE", help="names in --test-lr (default: %(default)s)"
     )
-    parser.add_argument("--iterations", type=int, default=1200, help="of the two trainings (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=1200, help="of the two trainings, 0 for none (%(default)s)")
     parser.add_argument("--cost-iterations", type=int, default=60, help="of each training for the cost (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="trainings of each kind for the cost (%(default)s)")
     options = parser.parse_args()
@@ -166,7 +166,7 @@ def main() -> None:
 
     opt = yaml.safe_load((EXAMPLES / "EDSR_x2.yml").read_text().replace("!!float ", "").replace("!!int ", ""))
     opt["train"]["optim_g"]["lr"] = float(opt["train"]["optim_g"]["lr"])
-    opt["train"]["scheduler"].update(periods=[options.iterations], eta_min=1e-6)
+    opt["train"]["scheduler"].update(periods=[max(options.iterations, options.cost_iterations)], eta_min=1e-6)
     opt["train"]["total_iter"] = options.iterations
     if options.test_hr is not None:
         opt["datasets"]["val"].update(
@@ -179,9 +179,9 @@ def main() -> None:
         make = [sys.executable, str(EXAMPLES / "make_data.py"), "--out", str(Path(folder, "data")), *source]
         subprocess.run(make, check=True, stdout=sys.stderr)
         place = Workplace(Path(folder))
-        rows = compare_quality(place, opt)
         print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads\n")
-        print("\n".join(rows), flush=True)
+        if options.iterations:
+            print("\n".join(compare_quality(place, opt)), flush=True)
         if options.rounds:
             print("\n" + compare_cost(place, opt, options.cost_iterations, options.rounds))
 

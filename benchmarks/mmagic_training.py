@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--test-hr", type=Path, metavar="DIR", help="images to validate on (HR)")
     parser.add_argument("--test-lr", type=Path, metavar="DIR", help="the same images at half the size")
     parser.add_argument("--test-name", default="{}", metavar="TEMPLATE", help="of names in --test-lr (%(default)s)")
-    parser.add_argument("--iterations", type=int, default=1200, help="of the two trainings (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=1200, help="of the two trainings, 0 for none (%(default)s)")
     parser.add_argument("--cost-iterations", type=int, default=60, help="of each training for the cost (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="trainings of each kind for the cost (%(default)s)")
     options = parser.parse_args()
