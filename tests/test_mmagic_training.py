@@ -170,6 +170,12 @@ optim_wrapper = dict(_delete_=True, constructor="MultiOptimWrapperConstructor", 
 param_scheduler = dict(_delete_=True, type="MultiStepLR", by_epoch=False, milestones=[15], gamma=0.5)
 {hooks}
 """
+SHARPENED = """
+sharpen = dict(type="UnsharpMasking", keys=["gt"], kernel_size=51, sigma=0, weight=0.5, threshold=10)
+sharp_pipeline = [*train_pipeline[:-1], sharpen, train_pipeline[-1]]
+train_dataloader = dict(num_workers=0, batch_size=2, dataset=dict(pipeline=sharp_pipeline, **images))
+"""
+"""RealESRGAN's data: it has a sharpened image beside each."""
 EMA_OF_MMAGIC = (
     'custom_hooks = [dict(type="ExponentialMovingAverageHook", module_keys=("generator_ema"), interval=1, '
     "interp_cfg=dict(momentum=0.1))]"
@@ -177,7 +183,9 @@ EMA_OF_MMAGIC = (
 
 
 @pytest.mark.parametrize(("disc_steps", "disc_init_steps"), [(1, 0), (2, 5)])
-@pytest.mark.parametrize(("model", "generator"), [("SRGAN", "MSRResNet"), ("ESRGAN", "RRDBNet")])
+@pytest.mark.parametrize(
+    ("model", "generator"), [("SRGAN", "MSRResNet"), ("ESRGAN", "RRDBNet"), ("RealESRGAN", "RRDBNet")]
+)
 def test_a_gan_whose_generator_alone_becomes_sparse(model, generator, disc_steps, disc_init_steps, tmp_path):
     write_images(tmp_path, 4)
     extra = "upscale_factor=2" if generator == "MSRResNet" else "growth_channels=4, upscale_factor=2"
@@ -187,7 +195,7 @@ def test_a_gan_whose_generator_alone_becomes_sparse(model, generator, disc_steps
         more=extra,
         disc_steps=disc_steps,
         disc_init_steps=disc_init_steps,
-        hooks=EMA_OF_MMAGIC,
+        hooks=EMA_OF_MMAGIC + (SHARPENED if model == "RealESRGAN" else ""),
     )
     config = toys.write_config(tmp_path, more=more)
     toys.run(config)
