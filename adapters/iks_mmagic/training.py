@@ -85,7 +85,7 @@ class SparseTraining:
         """The gated networks by their present names in the model: the trained ones, and EMA copies beside them."""
         names = [name + suffix for name in self._controllers for suffix in ("", "_ema")]
         found = [_locate(self._model, name) for name in names]
-        return {name: network for name, network in filter(None, found) if _is_gated(network)}
+        return {name: network for name, network in filter(None, found) if iks_plugin.is_sparsified(network)}
 
     # What the hooks call
 
@@ -216,10 +216,6 @@ def _locate(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
             name = f"{name}.module"
         module = module.module
     return name, module
-
-
-def _is_gated(network: nn.Module) -> bool:
-    return iks_plugin.report(network).target_sparsity is not None
 
 
 def _initialise_now(runner: Any, model: nn.Module) -> None:
