@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "iks-plugin" / "environments"
 
 TEST_TOOLS = [
+    "constriction",
     "hypothesis",
     "matplotlib",
     "pillow",

@@ -4,15 +4,20 @@
     ...                                            # any training loop, unchanged
     iks_plugin.finalize(model)                     # plain modules again, with exactly 80 % zeros
     print(iks_plugin.report(model))                # what each layer has kept
+    iks_plugin.save(model, "edsr.iks")             # a small file
+    iks_plugin.load("edsr.iks", model)             # dense weights with exact zeros, into a plain model
+    iks_plugin.load("edsr.iks", model, packed=True)  # weights stay packed in memory
 
 The method is Individual Kernel Sparsity (ACM MM 2022, doi 10.1145/3503161.3547768).
 """
 
 from .control import SparsityController
 from .errors import IksError, IksWarning, OptionError
+from .model_file import load, save
 from .options import check_options
 from .report import LayerReport, Report, report
 from .rewrite import finalize, finalized, gates_applied, is_sparsified, sparsify
+from .runtime import pack, unpack
 
 __version__ = "0.1.0.dev0"
 
@@ -28,6 +33,10 @@ __all__ = [
     "finalized",
     "gates_applied",
     "is_sparsified",
+    "load",
+    "pack",
     "report",
+    "save",
     "sparsify",
+    "unpack",
 ]

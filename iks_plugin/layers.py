@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .gate import soft_threshold
+from .swap import Swapped, original_class, register, swapped_class
 
 GRANULARITIES = ("weight", "kernel", "filter", "layer")
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(eq=False)
@@ -46,9 +47,10 @@ class GateSettings:
     goal: Goal
 
 
-class Gated(nn.Module):
+class Gated(Swapped):
     """Mixin, first base of every sparse layer; its second base is the class that the module had before."""
 
+    swapped_prefix = "Sparse"
     _iks: GateSettings
     threshold: nn.Parameter
 
@@ -82,11 +84,6 @@ class Gated(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, granularity={self._iks.granularity!r}"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # By the original class, because the sparse class of a third-party layer has no importable name.
-        reduced: Any = super().__reduce_ex__(2)
-        return (_rebuild, (original_class(self),), *reduced[2:])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gated:
         # Around t = -12 half precision has steps of 0.8 % (float16) or 6 % (bfloat16) of a cut: too coarse.
@@ -128,65 +125,55 @@ GATE_ATTRIBUTES = ("threshold", "raw_weight", "spread_threshold", "_iks")
 """What a layer must not have of its own, because the gate puts it there."""
 
 
+@register
 class SparseConv1d(Gated, nn.Conv1d):
     pass
 
 
+@register
 class SparseConv2d(Gated, nn.Conv2d):
     pass
 
 
+@register
 class SparseConv3d(Gated, nn.Conv3d):
     pass
 
 
+@register
 class SparseConvTranspose1d(Gated, nn.ConvTranspose1d):
     pass
 
 
+@register
 class SparseConvTranspose2d(Gated, nn.ConvTranspose2d):
     pass
 
 
+@register
 class SparseConvTranspose3d(Gated, nn.ConvTranspose3d):
     pass
 
 
+@register
 class SparseLinear(Gated, nn.Linear):
     pass
 
 
-_STATIC: tuple[type[Gated], ...] = (
-    SparseConv1d,
-    SparseConv2d,
-    SparseConv3d,
-    SparseConvTranspose1d,
-    SparseConvTranspose2d,
-    SparseConvTranspose3d,
-    SparseLinear,
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
 )
-_sparse_classes: dict[type[nn.Module], type[Gated]] = {cls.__bases__[1]: cls for cls in _STATIC}
-
-SUPPORTED_TYPES: tuple[type[nn.Module], ...] = tuple(_sparse_classes)
-CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(cls for cls in SUPPORTED_TYPES if cls is not nn.Linear)
+SUPPORTED_TYPES: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 
 
 def sparse_class(cls: type[nn.Module]) -> type[Gated]:
     """The gated subclass of `cls`, which is a supported type or a subclass of one that brings its own forward."""
-    if cls not in _sparse_classes:
-        _sparse_classes[cls] = type(f"Sparse{cls.__name__}", (Gated, cls), {"__module__": cls.__module__})
-    return _sparse_classes[cls]
-
-
-def original_class(layer: Gated) -> type[nn.Module]:
-    """The class that `layer` had before the rewrite."""
-    cls: type[nn.Module] = type(layer).__bases__[1]
-    return cls
-
-
-def _rebuild(cls: type[nn.Module]) -> Gated:
-    sparse = sparse_class(cls)
-    return sparse.__new__(sparse)
+    return swapped_class(Gated, cls)
 
 
 def threshold_shape(cls: type[nn.Module], weight: Tensor, granularity: str, groups: int = 1) -> tuple[int, ...]:
@@ -202,7 +189,7 @@ def threshold_shape(cls: type[nn.Module], weight: Tensor, granularity: str, grou
     if granularity == "kernel":
         return (*weight.shape[:2], *ones[2:])
     if granularity == "filter":
-        if issubclass(cls, _TRANSPOSED):
+        if issubclass(cls, TRANSPOSED):
             return (groups, weight.shape[1], *ones[2:])
         return (weight.shape[0], *ones[1:])
     return ones

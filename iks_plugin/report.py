@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .layers import Gated, gated_layers
 from .measure import zeros_in
-from .rewrite import LEFT_ALONE, REWRITTEN
+from .rewrite import LEFT_ALONE, REWRITTEN, trained_for
 from .selection import holds_kernel
 
 
@@ -104,7 +104,6 @@ def report(model: nn.Module) -> Report:
     """
     gated = {id(layer.raw_weight): layer for layer in gated_layers(model).values()}
     thresholds = {id(layer.threshold) for layer in gated.values()}
-    goals = {layer._iks.goal.target_sparsity for layer in gated.values()}
     parameters = [
         p for p in model.parameters() if id(p) not in thresholds and not isinstance(p, UninitializedParameter)
     ]
@@ -121,7 +120,7 @@ def report(model: nn.Module) -> Report:
         zeros=sum(row.zeros for row in counted),
         model_weights=sum(p.numel() for p in parameters),
         model_zeros=model_zeros,
-        target_sparsity=goals.pop() if len(goals) == 1 else None,
+        target_sparsity=trained_for(model),
     )
 
 

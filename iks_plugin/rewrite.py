@@ -34,6 +34,8 @@ LEFT_ALONE = "_iks_left_alone"
 """Attribute, a plain string, that tells on a module why it was not rewritten."""
 REWRITTEN = "_iks_rewritten"
 """Attribute, True, of the layers that were rewritten; it stays after `finalize`, for the report."""
+TRAINED_FOR = "_iks_trained_for"
+"""Attribute of layers that were finalized: the target sparsity, a float, that they met together."""
 
 
 def sparsify(
@@ -118,6 +120,7 @@ def sparsify(
 
     for module in model.modules():
         module.__dict__.pop(REWRITTEN, None)
+        module.__dict__.pop(TRAINED_FOR, None)
         module.__dict__.pop(LEFT_ALONE, None)
     for module, reason in selection.left_alone.values():
         module.__dict__[LEFT_ALONE] = reason
@@ -170,7 +173,8 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
         IksWarning: training ended far from the target, or cannot have reached it.
     """
     layers = _layers_to_finalize(model)
-    projected = projected_weights(layers, _checked(target_sparsity), warn=True)
+    target = _checked(target_sparsity)
+    projected = projected_weights(layers, target, warn=True)
 
     for controller in controllers_of(layers.values()):
         controller.detach()
@@ -178,9 +182,17 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
         for layer, weight in projected.items():
             layer.raw_weight.copy_(weight)
     for layer in layers.values():
+        layer.__dict__[TRAINED_FOR] = layer._iks.goal.target_sparsity if target is None else target
         remove_gate(layer)
     _forget_compiled_graphs()
     return model
+
+
+def trained_for(model: nn.Module) -> float | None:
+    """The target sparsity of a model that is rewritten or was finalized; None where there is none, or more than one."""
+    targets = {module.__dict__.get(TRAINED_FOR) for module in model.modules()} - {None}
+    targets |= {layer._iks.goal.target_sparsity for layer in gated_layers(model).values()}
+    return targets.pop() if len(targets) == 1 else None
 
 
 def is_sparsified(model: nn.Module) -> bool:

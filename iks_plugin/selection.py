@@ -42,7 +42,7 @@ def select(model: nn.Module, options: Options) -> Selection:
         options, [known_as for module, known_as in layers.values() if isinstance(module, options.layer_types)]
     )
 
-    written = _written_by_their_blocks(names)
+    written = written_by_blocks(names)
     chosen: dict[str, nn.Module] = {}
     left_alone: dict[str, tuple[nn.Module, str]] = {}
     for name, (module, known_as) in layers.items():
@@ -171,9 +171,10 @@ def _unfit(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _written_by_their_blocks(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+def written_by_blocks(blocks: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """The layers whose weight a block around them writes by itself, with the reason to leave them alone."""
     reasons = {}
-    for block in names:
+    for block in blocks:
         for path, method in written_layers(type(block)).items():  # type: ignore[arg-type]
             try:
                 layer = block.get_submodule(path)

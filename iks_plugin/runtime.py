@@ -1,0 +1,269 @@
+"""Packed layers: only the non-zero weights stay in memory, and a layer's dense weight exists while it computes.
+
+`pack` turns the sparse layers of a model into packed ones and `unpack` turns them back, both in place by a swap of the
+class. The weights of one layer lie in a `PackedWeight`: its non-zero values, and where they belong. For the latter it
+takes the smaller of two forms: one bit for every weight, or a byte for every non-zero (its place within a block of 256
+weights) and two bytes for every block (how many non-zeros it has).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from . import entries
+from .entries import SparseWeight
+from .errors import IksError, IksWarning
+from .layers import SUPPORTED_TYPES, TRANSPOSED, Gated
+from .quantize import check_value_dtype
+from .selection import written_by_blocks
+from .swap import Swapped, original_class, swapped_class
+
+_BLOCK = 256
+_UNPACK = "call iks_plugin.unpack(model) first"
+
+
+class PackedWeight(nn.Module):
+    """The non-zeros of one weight. Calling it gives the dense weight, without a gradient.
+
+    Its buffers are not part of any state dict, as the layer's own `state_dict` has the dense weight. `.to(device)`
+    moves them. A change of dtype changes that of the dense weight, and of the stored values only where they were
+    stored in the dtype that the dense weight had: float16 and int8 values stay what they are.
+
+    Args:
+        sparse: mask and values, as a file or `entries.split` has them.
+        shape: the dense weight's shape.
+        dtype: its floating dtype.
+        axis: for int8 values, the dimension that the scales belong to.
+        order: the dense weight's order in memory; see `Entry.order`.
+    """
+
+    values: Tensor
+    index: Tensor
+    counts: Tensor | None
+    scales: Tensor | None
+
+    def __init__(
+        self,
+        sparse: SparseWeight,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        axis: int | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.dtype, self.axis, self.order = torch.Size(shape), dtype, axis, order
+        index, counts = _narrow_index(sparse.mask)
+        tensors = {"values": sparse.values, "index": index, "counts": counts, "scales": sparse.scales}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed weight takes in memory."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        numel = self.shape.numel()
+        if self.counts is None:
+            bits = torch.arange(8, dtype=torch.uint8, device=self.index.device)
+            mask = (self.index.unsqueeze(1) >> bits & 1).view(-1)[:numel].bool()
+            positions = mask.nonzero().view(-1)
+        else:
+            starts = torch.arange(0, numel, _BLOCK, device=self.index.device)
+            positions = starts.repeat_interleave(self.counts.long()).add_(self.index)
+        dense = torch.zeros(numel, dtype=self.dtype, device=self.values.device)
+        dense[positions] = entries.scaled(self.values, self.scales, positions, self.shape, self.axis).to(self.dtype)
+        return entries.in_order(dense.view(self.shape), self.order)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        before = self.dtype
+        self.dtype = fn(torch.empty(0, dtype=before, device=self.values.device)).dtype
+        for name, buffer in self._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.is_floating_point() and (name == "scales" or buffer.dtype != before):
+                bits = torch.int32 if buffer.itemsize == 4 else torch.int64 if buffer.itemsize == 8 else torch.int16
+                self._buffers[name] = fn(buffer.view(bits)).view(buffer.dtype)  # moves it, and does not cast it
+            else:
+                self._buffers[name] = fn(buffer)
+        return self
+
+    def extra_repr(self) -> str:
+        stored = str(self.values.dtype).removeprefix("torch.")
+        return f"{tuple(self.shape)}, {self.values.numel():,} {stored} values, {self.nbytes:,} bytes"
+
+
+def _narrow_index(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the ones of a flat `mask` are: bits, eight to a byte, or bytes and the counts of blocks."""
+    nonzeros, blocks = int(torch.count_nonzero(mask)), -(-mask.numel() // _BLOCK)
+    if nonzeros + 2 * blocks < -(-mask.numel() // 8):
+        positions = mask.nonzero().view(-1)
+        counts = torch.bincount(positions.div(_BLOCK, rounding_mode="floor"), minlength=blocks)
+        return (positions % _BLOCK).to(torch.uint8), counts.to(torch.int16)
+    padded = torch.nn.functional.pad(mask, (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
+    bits = torch.arange(8, dtype=torch.uint8)
+    return (padded << bits).sum(dim=1, dtype=torch.uint8), None
+
+
+class Packed(Swapped):
+    """Mixin, first base of every packed layer; its `weight` is made anew whenever it is read.
+
+    For inference: in training mode with gradients switched on, reading the weight is an error. In eval mode gradients
+    flow to a layer's input and to its bias as ever.
+    """
+
+    swapped_prefix = "Packed"
+    packed_weight: PackedWeight
+
+    def _get_weight(self) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise IksError(
+                f"a {type(self).__name__} has packed weights, which cannot be trained, and is in training mode: "
+                f"call model.eval() for inference; to train, {_UNPACK}"
+            )
+        weight: Tensor = self.packed_weight()
+        return weight
+
+    def _set_weight(self, value: Any) -> None:
+        raise IksError(f"the weight of a {type(self).__name__} is packed and cannot be set: {_UNPACK}")
+
+    weight = property(_get_weight, _set_weight, doc="The dense weight, made of the packed one.")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.packed_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *reports: list[str]
+    ) -> None:
+        *_, error_messages = reports
+        if f"{prefix}weight" in state_dict:
+            error_messages.append(f"{prefix}weight is packed and cannot be loaded into: {_UNPACK}.")
+            state_dict = {name: value for name, value in state_dict.items() if name != f"{prefix}weight"}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+
+
+def pack(model: nn.Module, value_dtype: str = "float32") -> nn.Module:
+    """Keep only the non-zero weights of `model`'s sparse layers in memory, in place, and set it to eval mode.
+
+    For inference with a finalized model, or one that was pruned by another tool: convolutions and linear layers whose
+    weight holds zeros are packed where that makes them smaller. They compute what they did before, for "float32" to
+    the bit, and a dense weight exists for one layer at a time. `state_dict()` gives plain dense weights;
+    `model.parameters()` no longer has the packed ones, and training, like `load_state_dict`, needs `unpack`.
+
+    Args:
+        model: any module without gates.
+        value_dtype: what the non-zeros are stored in: "float32", "float16", "bfloat16", or "int8" with a scale for each
+            output channel. Weights whose own type is narrower keep it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        IksError: the model has gates, or weights that `value_dtype` cannot hold. It is unchanged.
+
+    Warns:
+        IksWarning: no layer is sparse enough to become smaller.
+    """
+    dtype = check_value_dtype(value_dtype)
+    layers = packable_layers(model)
+    packed: dict[int, PackedWeight] = {}
+    chosen: dict[nn.Module, PackedWeight] = {}
+    for name, layer in layers.items():
+        weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
+        if id(weight) not in packed:
+            if weight.is_meta or not entries.is_sparse_weight("weight", weight.detach()):
+                continue
+            packed[id(weight)] = _pack_weight(name, weight.detach(), dtype, output_axis(layer))
+        if packed[id(weight)].nbytes < weight.nbytes:
+            chosen[layer] = packed[id(weight)]
+    swap_in(chosen)
+    if not chosen:
+        warnings.warn(
+            "no layer of the model was packed: none has zeros enough to become smaller. After a training call "
+            "iks_plugin.finalize(model) first",
+            IksWarning,
+            stacklevel=2,
+        )
+    return model.eval()
+
+
+def _pack_weight(name: str, weight: Tensor, value_dtype: torch.dtype, axis: int) -> PackedWeight:
+    try:
+        sparse, scaled_axis = entries.split(weight.cpu(), value_dtype, axis)
+    except IksError as error:
+        raise type(error)(f"{name}.weight: {error}") from None
+    order = entries.memory_order(weight)
+    return PackedWeight(sparse, tuple(weight.shape), weight.dtype, scaled_axis, order).to(weight.device)
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Give the packed layers of `model` their dense weights back as parameters, in place; nothing else changes.
+
+    The model stays in eval mode; the new parameters require gradients.
+
+    Returns:
+        The same object.
+    """
+    dense: dict[PackedWeight, nn.Parameter] = {}
+    for layer in [module for module in model.modules() if isinstance(module, Packed)]:
+        packed = layer.packed_weight
+        if packed not in dense:
+            dense[packed] = nn.Parameter(packed())
+        layer.__class__ = original_class(layer)  # type: ignore[assignment]
+        del layer._modules["packed_weight"]
+        others = dict(layer._parameters)
+        layer._parameters.clear()
+        layer._parameters.update({"weight": dense[packed], **others})
+    return model
+
+
+def packable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that can be packed, by name: plain ones with a weight that nothing else writes or shares.
+
+    Raises:
+        IksError: the model has gates.
+    """
+    written = written_by_blocks(model.modules())
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Gated):
+            raise IksError(
+                f"the model has gates ({name or 'the model itself'} is a {type(module).__name__}), which a packed one "
+                "cannot have: call iks_plugin.finalize(model) first"
+            )
+        weight = module._parameters.get("weight")
+        can_hold = isinstance(module, SUPPORTED_TYPES) and not hasattr(type(module), "weight")
+        if can_hold and module not in written and weight is not None and not is_lazy(weight):
+            layers[name] = module
+    owned = {id(module._parameters["weight"]) for module in layers.values()}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if module not in layers.values() or key != "weight":
+                owned.discard(id(parameter))
+    return {name: layer for name, layer in layers.items() if id(layer._parameters["weight"]) in owned}
+
+
+def output_axis(layer: nn.Module) -> int:
+    """The dimension of the layer's weight that counts output channels (per group, in a transposed convolution)."""
+    return 1 if isinstance(layer, TRANSPOSED) else 0
+
+
+def swap_in(packed: Mapping[nn.Module, PackedWeight]) -> None:
+    """Turn each layer into a packed one that computes with the weight given for it."""
+    for layer, weight in packed.items():
+        del layer._parameters["weight"]
+        layer.packed_weight = weight
+        layer.__class__ = swapped_class(Packed, type(layer))
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether `model`, or anything in it, has packed weights."""
+    return any(isinstance(module, Packed) for module in model.modules())
