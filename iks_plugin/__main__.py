@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import IksError, __version__
+from . import IksError, __version__, load, save
+from .quantize import VALUE_DTYPES
 
 WRONG_USE = 2
 INTERRUPTED = 130
@@ -36,6 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"iks-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_inspect(commands)
+    _add_export(commands)
+    _add_restore(commands)
     return parser
 
 
@@ -110,6 +116,97 @@ def _demo(options: argparse.Namespace) -> int:
         threads=options.threads,
     )
     return INTERRUPTED if outcome is None or outcome.interrupted else 0
+
+
+def _add_inspect(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="show what is in a compact file, and whether it is intact",
+        description="Show the tensors in a compact file, their sizes and zeros, and check their checksums.",
+    )
+    parser.set_defaults(command=_inspect)
+    parser.add_argument("file", metavar="FILE", help="a compact file (.iks)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON, for other programs")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .contents import inspect
+
+    contents = inspect(options.file)
+    print(json.dumps(contents.to_dict(), indent=1) if options.json else contents)
+    if contents.damaged:
+        raise IksError(
+            f"{options.file}: {len(contents.damaged)} tensors are damaged ({', '.join(contents.damaged[:3])}): copy "
+            "the file again, or export it anew"
+        )
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="make a compact file of a checkpoint",
+        description="Make a compact file of a checkpoint of BasicSR, of MMagic, or of torch.save(model.state_dict()). "
+        "Nothing in the checkpoint is executed. Thresholds that a training has left beside the weights are applied.",
+    )
+    parser.set_defaults(command=_export)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that torch.save has written (.pth)")
+    parser.add_argument("out", metavar="OUT", help="the compact file to write (.iks)")
+    parser.add_argument(
+        "--value-dtype",
+        choices=list(VALUE_DTYPES),
+        default="float32",
+        help="the type of the non-zero values of sparse weights; float32 is lossless (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--key",
+        help="which state dict of the checkpoint to take (default: params_ema, else params, else state_dict, ...)",
+    )
+    parser.add_argument(
+        "--prefix",
+        default="",
+        help="take only entries whose names begin with this, and take it off, such as 'generator.' for the network "
+        "alone of an MMagic checkpoint",
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(options.checkpoint, options.key, options.prefix)
+    save(checkpoint.state, options.out, options.value_dtype, checkpoint_key=checkpoint.restored_key)
+    before, after = os.path.getsize(options.checkpoint), os.path.getsize(options.out)
+    taken = f" ({checkpoint.key})" if checkpoint.key else ""
+    print(f"{options.checkpoint}{taken}: {before:,} bytes -> {options.out}: {after:,} bytes, {after / before:.1%}")
+    return 0
+
+
+def _add_restore(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "restore",
+        help="make a plain checkpoint of a compact file",
+        description="Make a plain checkpoint of a compact file: dense tensors, written by torch.save, under the key "
+        "where the checkpoint that was exported had them. BasicSR, MMagic or plain torch load it without iks-plugin.",
+    )
+    parser.set_defaults(command=_restore)
+    parser.add_argument("file", metavar="FILE", help="a compact file (.iks)")
+    parser.add_argument("out", metavar="OUT", help="the checkpoint to write (.pth)")
+    parser.add_argument(
+        "--key",
+        help="put the state dict under this key: 'params' for BasicSR, 'state_dict' for MMagic, '' for none (default: "
+        "as in the checkpoint that was exported)",
+    )
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from .checkpoint import write_checkpoint
+    from .contents import inspect
+
+    state = load(options.file)
+    key = inspect(options.file).info.checkpoint_key if options.key is None else options.key or None
+    write_checkpoint(options.out, state, key)
+    print(f"{options.file} -> {options.out}: {len(state)} tensors{f' under {key!r}' if key else ''}, dense")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,25 +1,39 @@
-"""The block of options for this package in the option file of a training framework, for the adapters."""
+"""The block of options for this package in the option file of a training framework, for the adapters.
+
+All of its keys are keywords of `sparsify` but two: `network`, and `export`, which asks for compact files.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from .errors import OptionError
+from .model_file import save
 from .options import check_options
+from .quantize import VALUE_DTYPES, check_value_dtype
 
 _OWN_KEYS = ("network", "export")
 
 
 @dataclass(frozen=True)
 class Block:
-    """The networks that become sparse, by the framework's names for them, and keywords of `sparsify`."""
+    """The networks that become sparse, by the framework's names for them, and keywords of `sparsify`.
+
+    And `export`, the type of the values in the compact files beside the framework's checkpoints; None for no files.
+    """
 
     networks: tuple[str, ...]
     options: dict[str, Any]
+    export: str | None = None
 
     def keywords(self, steps: int, length: str) -> dict[str, Any]:
         """The keywords of `sparsify` for a training of `steps` optimizer steps.
@@ -72,11 +86,92 @@ def parse_block(content: Any, *, network: str, example: str) -> Block:
         raise OptionError(
             f"network must be the name of a network or a list of them, such as {network!r}, got {networks!r}"
         )
-    if options.pop("export", False):
-        raise OptionError("export needs the compact file format, which this version does not have yet: leave it out")
+    export = _take_export(options.pop("export", False), options)
     for name in options:
         near = difflib.get_close_matches(str(name), _OWN_KEYS, n=1, cutoff=0.7)
         if near:
             raise OptionError(f"there is no option {name!r}: did you mean {near[0]!r}?")
     check_options(**options)
-    return Block(tuple(dict.fromkeys(networks)), options)
+    return Block(tuple(dict.fromkeys(networks)), options, export)
+
+
+def _take_export(value: Any, options: dict[str, Any]) -> str | None:
+    """The type of the values in the files that are asked for; a size that `options` limit is that of these files."""
+    if value is False:
+        return None
+    if value is True:
+        return _dtype_name(options.get("value_dtype", "float32"))
+    try:
+        export = _dtype_name(value)
+    except OptionError:
+        names = ", ".join(map(repr, VALUE_DTYPES))
+        raise OptionError(
+            f"export must be true, false or the type that the files' values have (one of {names}), got {value!r}: "
+            f"{_export_meant(value)}"
+        ) from None
+    if options.get("max_bytes") is not None and _dtype_name(options.setdefault("value_dtype", export)) != export:
+        raise OptionError(
+            f"export is {export!r}, and max_bytes counts for values of another type, value_dtype="
+            f"{options['value_dtype']!r}: write export: true, and the files have that"
+        )
+    return export
+
+
+def _dtype_name(value: Any) -> str:
+    return str(check_value_dtype(value)).removeprefix("torch.")
+
+
+def _export_meant(value: Any) -> str:
+    text = str(value).lower()
+    if text in ("true", "false"):
+        return f"write {text}, without quotation marks"
+    near = difflib.get_close_matches(text, VALUE_DTYPES, n=1)
+    return f"did you mean {near[0]!r}?" if near else "write true for float32 values, which lose nothing"
+
+
+def compact_path(checkpoint: str | os.PathLike[str], network: str = "") -> Path:
+    """The compact file beside `checkpoint`; `network` is for checkpoints of which several files are made."""
+    path = Path(checkpoint)
+    return path.with_name(".".join(filter(None, (path.name.removesuffix(".pth"), network, "iks"))))
+
+
+def export_beside(
+    checkpoint: str | os.PathLike[str],
+    model: nn.Module | Mapping[str, Tensor],
+    value_dtype: str,
+    *,
+    network: str = "",
+    prefix: str = "",
+    checkpoint_key: str | None = None,
+    tell: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Write `model` to the compact file beside `checkpoint`, which has just been written. It never raises.
+
+    A compact file is made of a checkpoint at any time, and a training that took days is not ended for one that cannot
+    be written: `warn` gets a line that says what happened, and no file is left that belongs to an older checkpoint.
+
+    Args:
+        checkpoint: the framework's file, in a local folder.
+        model: what goes into the file, as for `save`.
+        value_dtype, checkpoint_key: as for `save`.
+        network: as for `compact_path`.
+        prefix: what the names of the model's weights begin with in the checkpoint.
+        tell: called with a line that says what was written.
+        warn: called with a line that says what was not.
+    """
+    path = compact_path(checkpoint, network)
+    with suppress(OSError):  # what stays in the way, `save` cannot replace either
+        path.unlink(missing_ok=True)
+    try:
+        save(model, path, value_dtype, checkpoint_key=checkpoint_key)
+        sizes = path.stat().st_size, os.stat(checkpoint).st_size
+    except Exception as error:  # whatever it is, the training is worth more
+        options = "" if value_dtype == "float32" else f" --value-dtype {value_dtype}"
+        options += f" --prefix {prefix}" if prefix else ""
+        warn(
+            f"iks: {path.name} is not written, and training goes on: {type(error).__name__}: {error}. "
+            f"To make it later: iks export {checkpoint} {path}{options}"
+        )
+    else:
+        tell(f"iks: {path.name} has {sizes[0]:,} bytes, {Path(checkpoint).name} {sizes[1]:,}")

@@ -1,8 +1,8 @@
 """The compact file: a safetensors container of two byte arrays, `index` and `data`.
 
 `index` is zlib-compressed JSON: what the file is about (`FileInfo`) and an `Entry` for each tensor. `data` holds the
-entries' bytes one after the other, so where they lie follows from their sizes. The container's own metadata names the
-format and its version and has the index's checksum; the index has the entries'. Nothing in a file is executed.
+entries' bytes one after the other, so where they lie follows from their sizes. The container's own metadata has the
+format's version and the index's checksum, under "iks"; the index has the entries'. Nothing in a file is executed.
 
 Bytes that do not fit are an `IksError` that names file and entry, raised before anything of a size that the file only
 claims is made.
@@ -31,7 +31,8 @@ from .files import whole_file
 from .quantize import VALUE_DTYPES
 
 SUFFIX = ".iks"
-_FORMAT, _VERSION = "iks", 1
+_MARK, _VERSION = "iks", 1
+"""Key in the container's metadata, whose value is the format version and the checksum of the index."""
 _INDEX_FACTOR, _INDEX_ROOM = 200, 1 << 20
 """An index may take this many times its compressed bytes, and so many more: real ones take 5 to 10 times them."""
 
@@ -45,12 +46,15 @@ class FileInfo:
         model_class: qualified name of the model's class; None if a bare state dict was saved.
         target_sparsity: what the model was trained for, where that was known.
         value_dtype: the type that was asked for the values of sparse weights.
+        checkpoint_key: where the framework that the model is for looks for a state dict in a checkpoint, such as
+            "params"; None if the checkpoint is the state dict.
     """
 
     plugin_version: str
     model_class: str | None
     target_sparsity: float | None
     value_dtype: str
+    checkpoint_key: str | None = None
 
     @staticmethod
     def from_json(raw: Any) -> FileInfo:
@@ -60,6 +64,7 @@ class FileInfo:
             or not isinstance(raw["plugin_version"], str)
             or not isinstance(raw["model_class"], (str, type(None)))
             or raw["value_dtype"] not in VALUE_DTYPES
+            or not isinstance(raw["checkpoint_key"], (str, type(None)))
         ):
             raise CodecError("what the index says of the file is not what this version writes")
         target = raw["target_sparsity"]
@@ -98,9 +103,9 @@ def to_bytes(
         blobs.extend(parts)
     document = {**asdict(info), "entries": [entry.to_json() for entry in written]}
     index = zlib.compress(json.dumps(document, separators=(",", ":"), allow_nan=False).encode(), 9)
-    metadata = {"format": _FORMAT, "format_version": str(_VERSION), "index_crc32": str(zlib.crc32(index))}
     arrays = {"index": _bytes_array(index), "data": _bytes_array(b"".join(blobs))}
-    result: bytes = save(arrays, metadata)
+    # One key only: safetensors writes several in any order, and the same model shall give the same file.
+    result: bytes = save(arrays, {_MARK: f"{_VERSION} {zlib.crc32(index):08x}"})
     return result, written
 
 
@@ -173,12 +178,12 @@ class CompactFile:
 
     def _read_index(self, handle: Any) -> tuple[FileInfo, tuple[Entry, ...]]:
         metadata = handle.metadata() or {}
-        if metadata.get("format") != _FORMAT:
+        if _MARK not in metadata:
             raise IksError(
                 f"{self.path}: expected a compact file of iks-plugin, got another safetensors file: "
                 "such a file is read with safetensors.torch.load_file"
             )
-        version = metadata.get("format_version", "")
+        version, _, checksum = metadata[_MARK].partition(" ")
         if version != str(_VERSION):
             raise IksError(
                 f"{self.path}: expected format version {_VERSION}, got {version[:20]!r}: "
@@ -189,7 +194,7 @@ class CompactFile:
             if name not in names or not _is_flat_bytes(handle.get_slice(name)):
                 raise self._damaged(name, "expected a flat array of bytes")
         packed = handle.get_slice("index")[:].tobytes()
-        if metadata.get("index_crc32") != str(zlib.crc32(packed)):
+        if checksum != f"{zlib.crc32(packed):08x}":
             raise self._damaged("index", "its checksum is wrong")
         try:
             return _parse_index(packed)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import laws
+from .budget import RESOLVE_STEPS, sparsity_for
 from .errors import IksError, IksWarning
 from .layers import Gated, Goal
 from .measure import all_shifts, count_raw_zeros, count_weights, count_zeros, unique
 from .optimizers import OptimizerWatcher
 from .options import Options, check_sparsity
+from .quantize import check_value_dtype
+from .sizes import Budget, check_size
 
 _STATE_VERSION = 1
 _GONE = "the controller's model is gone: keep a reference to the model that was rewritten"
@@ -70,6 +74,7 @@ class SparsityController:
 
         May be set at any time. During the ramp it changes where the ramp leads; after it (or after the training, for
         the law "paper" with total_steps) the thresholds move at once, so that it dials any sparsity without training.
+        Under `max_bytes` it is what follows from that now; setting it ends the budget.
         """
         return self._goal.target_sparsity
 
@@ -77,9 +82,34 @@ class SparsityController:
     def target_sparsity(self, value: float) -> None:
         target = check_sparsity(value)
         self._gated()  # raises where there is nothing left to drive
+        self._goal.budget = None
+        self._aim_at(target)
+
+    def _aim_at(self, target: float) -> None:
         if self._law.has_arrived(self._steps):
             self._shift_to(target)
         self._goal.target_sparsity = target
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The size that the compact file may have, from which the target follows; None for a target of its own.
+
+        May be set at any time, to a number of bytes or a text such as "500KB"; the target follows at once.
+        """
+        return None if self._goal.budget is None else self._goal.budget.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int | str) -> None:
+        present = self._goal.budget or Budget(0)
+        self._aim_at_budget(replace(present, max_bytes=check_size(value)))
+
+    def _aim_at_budget(self, budget: Budget) -> None:
+        model = self._model()
+        if model is None:
+            raise IksError(_GONE)
+        target = sparsity_for(model, self._gated(), budget, guess=self.target_sparsity)
+        self._goal.budget = budget
+        self._aim_at(target)
 
     def step(self) -> None:
         """Count one optimizer step and act if the law says so.
@@ -111,6 +141,8 @@ class SparsityController:
         self._steps += 1
         if not self._law.acts_at(self._steps):
             return
+        if self._goal.budget is not None and self._steps % RESOLVE_STEPS < self._law.interval:
+            self._aim_at_budget(self._goal.budget)
         if isinstance(self._law, laws.PaperLaw):
             all_shifts(self._gated())  # raises where something is not finite
             ratio = self._law.ratio(self.sparsity, self.target_sparsity)
@@ -164,6 +196,8 @@ class SparsityController:
             "granularity": self._granularity,
             "weights": count_weights(self._layers_alive().values()),
             "target_sparsity": self.target_sparsity,
+            "max_bytes": self.max_bytes,
+            "value_dtype": None if self._goal.budget is None else self._goal.budget.value_dtype,
             "steps": self._steps,
             "start_sparsity": self._start,
             **{name: getattr(self._law, name, None) for name in _LAW_FIELDS},
@@ -193,8 +227,12 @@ class SparsityController:
                     f"controller state: {key} has the impossible value {state[key]!r}: the state is damaged, "
                     "take the one of another checkpoint"
                 )
+        budget = None
+        if state["max_bytes"] is not None:
+            dtype = str(check_value_dtype(state["value_dtype"])).removeprefix("torch.")
+            budget = Budget(check_size(state["max_bytes"], "max_bytes in the controller state"), dtype)
         law = type(self._law)(**{name: state[name] for name in _LAW_FIELDS if hasattr(self._law, name)})
-        self._goal.target_sparsity = target
+        self._goal.target_sparsity, self._goal.budget = target, budget
         self._law = law
         self._steps = state["steps"]
         self._start = state["start_sparsity"]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .gate import soft_threshold
+from .sizes import Budget
 from .swap import Swapped, original_class, register, swapped_class
 
 GRANULARITIES = ("weight", "kernel", "filter", "layer")
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(eq=False)
@@ -28,11 +29,13 @@ class Goal:
     """The sparsity that a set of layers is to reach together; one object, shared with every deep copy of the layers.
 
     An EMA copy of a network thus always knows the target that its original is trained for. `weights` is how many
-    weights the layers have together, those that layers share counted once.
+    weights the layers have together, those that layers share counted once. Where there is a `budget`, the target
+    follows from it: anew in a training from time to time, and for any weights that are finalized.
     """
 
     target_sparsity: float
     weights: int
+    budget: Budget | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Goal:
         return self
@@ -189,10 +192,15 @@ def threshold_shape(cls: type[nn.Module], weight: Tensor, granularity: str, grou
     if granularity == "kernel":
         return (*weight.shape[:2], *ones[2:])
     if granularity == "filter":
-        if issubclass(cls, TRANSPOSED):
+        if issubclass(cls, _TRANSPOSED):
             return (groups, weight.shape[1], *ones[2:])
         return (weight.shape[0], *ones[1:])
     return ones
+
+
+def output_axis(layer: nn.Module) -> int:
+    """The dimension of the layer's weight that counts output channels (per group, in a transposed convolution)."""
+    return 1 if isinstance(layer, _TRANSPOSED) else 0
 
 
 def new_threshold(layer: nn.Module, settings: GateSettings) -> nn.Parameter:

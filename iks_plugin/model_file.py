@@ -17,13 +17,20 @@ from .errors import IksError, OptionError
 from .layers import gated_layers
 from .quantize import check_value_dtype
 from .rewrite import finalized, trained_for
-from .runtime import PackedWeight, is_packed, output_axis, packable_layers, swap_in
+from .runtime import PackedWeight, is_packed, packable_layers, swap_in
+from .state import checked, file_info, output_axes, unwrapped
 
 _EXPANSION, _ROOM = 4096, 64 << 20
 """Without a model to compare with, a file may claim tensors of this many times its bytes, and so many more."""
 
 
-def save(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], value_dtype: str = "float32") -> None:
+def save(
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    value_dtype: str = "float32",
+    *,
+    checkpoint_key: str | None = None,
+) -> None:
     """Write `model` to a compact file: masks coded close to their entropy, non-zero values, and all else as it is.
 
     A model with gates is written as `finalize` would make it and stays as it is. Any other model will do too, whatever
@@ -36,53 +43,33 @@ def save(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], 
         value_dtype: the type of the non-zeros of weights that hold zeros: "float32" (lossless for float32 weights),
             "float16", "bfloat16" or "int8" (with a float scale for each output channel). Weights whose own type is
             narrower keep it; everything else in the state dict keeps its type always.
+        checkpoint_key: the key under which the model's framework keeps a state dict in its checkpoints ("params" for
+            BasicSR, "state_dict" for MMEngine): `iks restore` will write it there.
 
     Raises:
         OptionError: `value_dtype` is none of these, or cannot hold a weight.
         IksError: the state dict holds something other than tensors with values, or the file cannot be written; a file
             that was there before is still there.
     """
-    with _state_of(model, value_dtype) as (tensors, info, axes):
+    with _state_of(model, value_dtype, checkpoint_key) as (tensors, info, axes):
         content, _ = container.to_bytes(tensors, info, axes)
     container.write(path, content)
 
 
 @contextmanager
 def _state_of(
-    model: nn.Module | Mapping[str, Any], value_dtype: str
+    model: nn.Module | Mapping[str, Any], value_dtype: str, checkpoint_key: str | None
 ) -> Iterator[tuple[Mapping[str, Tensor], FileInfo, dict[str, int]]]:
-    from . import __version__
-
     name = str(check_value_dtype(value_dtype)).removeprefix("torch.")
     if isinstance(model, nn.Module):
-        model = _unwrapped(model)
-        cls = type(model)
-        info = FileInfo(__version__, f"{cls.__module__}.{cls.__qualname__}", trained_for(model), name)
+        model = unwrapped(model)
+        info = file_info(model, trained_for(model), name, checkpoint_key)
         with finalized(model) if gated_layers(model) else nullcontext():
-            yield _checked(model.state_dict()), info, output_axes(model)
+            yield checked(model.state_dict()), info, output_axes(model)
     elif isinstance(model, Mapping):
-        yield _checked(model), FileInfo(__version__, None, None, name), {}
+        yield checked(model), file_info(None, None, name, checkpoint_key), {}
     else:
         raise IksError(f"save expects a torch.nn.Module or a state dict, got {type(model).__name__}")
-
-
-def output_axes(model: nn.Module) -> dict[str, int]:
-    """For each layer's weight, by its name in the state dict, the dimension that counts output channels."""
-    return {
-        f"{name}.weight" if name else "weight": output_axis(module)
-        for name, module in model.named_modules(remove_duplicate=False)
-    }
-
-
-def _checked(state: Mapping[Any, Any]) -> Mapping[str, Tensor]:
-    wrong = {key: value for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)}
-    if wrong:
-        listed = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in list(wrong.items())[:3])
-        raise IksError(
-            f"{len(wrong)} entries of the state dict are not tensors with a name: {listed}. A compact file holds "
-            "tensors alone, as nothing in it is ever executed: keep the others elsewhere"
-        )
-    return state
 
 
 @overload
@@ -116,7 +103,7 @@ def load(
             return _dense_tensors(file, file.entries)
     if not isinstance(model, nn.Module):
         raise IksError(f"load expects a torch.nn.Module to load into, got {type(model).__name__}")
-    bare = _unwrapped(model)
+    bare = unwrapped(model)
     if is_packed(bare):
         raise IksError("the model is packed already: call iks_plugin.unpack(model) first, or load into a new one")
     layers = packable_layers(bare) if packed else {}
@@ -133,13 +120,6 @@ def load(
     if packed:
         swap_in({layers[name]: weight for name, weight in weights.items()})
         bare.eval()
-    return model
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner: nn.Module = model.module
-        return inner
     return model
 
 

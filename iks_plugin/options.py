@@ -14,13 +14,16 @@ from torch import nn
 from .errors import OptionError
 from .laws import LAWS, PAPER_EPOCHS
 from .layers import CONVOLUTIONS, GRANULARITIES, SUPPORTED_TYPES
+from .quantize import check_value_dtype
+from .sizes import Budget, check_size
 
 
 @dataclass(frozen=True)
 class Options:
     """The checked options of one rewrite. `Options.check` makes them from what a user gave."""
 
-    target_sparsity: float
+    target_sparsity: float | None
+    budget: Budget | None
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     layer_types: tuple[type[nn.Module], ...]
@@ -37,6 +40,7 @@ class Options:
         *,
         target_sparsity: Any = None,
         max_bytes: Any = None,
+        value_dtype: Any = None,
         include: Any = None,
         exclude: Any = (),
         layer_types: Any = None,
@@ -50,7 +54,7 @@ class Options:
         **unknown: Any,
     ) -> Options:
         """Raise an `OptionError` that names the offending option, or return all of them in their final types."""
-        known = {field.name for field in fields(Options)} | {"max_bytes"}
+        known = {field.name for field in fields(Options)} - {"budget"} | {"max_bytes", "value_dtype"}
         for name in unknown:
             raise OptionError(f"sparsify has no option {name!r}{_did_you_mean(name, known)}")
         _check_goal(target_sparsity, max_bytes)
@@ -87,7 +91,8 @@ class Options:
                 "the target would not be reached within the training"
             )
         return Options(
-            target_sparsity=check_sparsity(target_sparsity),
+            target_sparsity=None if target_sparsity is None else check_sparsity(target_sparsity),
+            budget=_check_budget(max_bytes, value_dtype),
             include=None if include is None else _check_patterns("include", include),
             exclude=_check_patterns("exclude", exclude),
             layer_types=_check_layer_types(layer_types),
@@ -152,16 +157,26 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _check_goal(target_sparsity: Any, max_bytes: Any) -> None:
     if target_sparsity is None and max_bytes is None:
-        raise OptionError("sparsify needs a goal, got none: give target_sparsity, a fraction such as 0.9")
+        raise OptionError(
+            "sparsify needs a goal, got none: give target_sparsity, a fraction such as 0.9, or max_bytes, the size of "
+            "the compact file, such as '500KB'"
+        )
     if target_sparsity is not None and max_bytes is not None:
         raise OptionError(
             f"target_sparsity ({target_sparsity!r}) and max_bytes ({max_bytes!r}) exclude each other: give only one"
         )
+
+
+def _check_budget(max_bytes: Any, value_dtype: Any) -> Budget | None:
     if max_bytes is not None:
+        dtype = check_value_dtype("float32" if value_dtype is None else value_dtype)
+        return Budget(check_size(max_bytes), str(dtype).removeprefix("torch."))
+    if value_dtype is not None:
         raise OptionError(
-            f"max_bytes ({max_bytes!r}) needs the compact file format, which this version does not have yet: "
-            "give target_sparsity instead"
+            f"value_dtype ({value_dtype!r}) belongs to max_bytes, the size of a file: with target_sparsity leave it "
+            "out here, and give it to iks_plugin.save"
         )
+    return None
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from .layers import Gated, gated_layers
 from .measure import zeros_in
 from .rewrite import LEFT_ALONE, REWRITTEN, trained_for
 from .selection import holds_kernel
+from .table import table
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ class Report:
 
     def __str__(self) -> str:
         header = ("layer", "type", "shape", "weights", "zeros", "sparsity", "threshold min / mean / max")
-        rows = [header, *(_cells(layer) for layer in self.layers)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = [_line(row, widths) for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = [table(header, [_cells(layer) for layer in self.layers], right={3, 4, 5})]
         rewritten = sum(layer.rewritten for layer in self.layers)
         goal = "" if self.target_sparsity is None else f" (target {self.target_sparsity:.2%})"
         lines.append("")
@@ -171,12 +169,3 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.sparsity:.2%}",
         note,
     )
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    numeric = {3, 4, 5}
-    padded = [
-        cell.rjust(width) if column in numeric else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join(padded).rstrip()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .budget import first_sparsity_for, sparsity_for
 from .control import SparsityController, controllers_of
 from .errors import IksError, IksWarning, OptionError
 from .laws import count_for, project
@@ -43,6 +44,7 @@ def sparsify(
     target_sparsity: float | None = None,
     *,
     max_bytes: int | str | None = None,
+    value_dtype: str | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     layer_types: Iterable[type[nn.Module] | str] | None = None,
@@ -65,7 +67,11 @@ def sparsify(
             deep copy of a rewritten model, or one that was unpickled, has gates but no controller: it gets a new one,
             and its layers and thresholds stay as they are (`include`, `exclude` and `layer_types` do not matter).
         target_sparsity: the fraction of the rewritten layers' weights that shall be zero, in [0, 1).
-        max_bytes: the size that the compact file may have (not available yet).
+        max_bytes: instead of a target, the size that the compact file may have, in bytes or as a text such as "500KB"
+            (1000 bytes each) or "500KiB" (1024). The target follows from it, also as the weights change: after
+            `finalize(model)` the file that `save` writes has at most this size and at least 97 % of it. It is the file
+            of this `model`, whatever it is a part of.
+        value_dtype: with `max_bytes`, the type of the values in that file, as `save` takes it; default "float32".
         include: shell patterns over qualified module names; only matching layers are rewritten. A pattern that
             matches a container covers all layers in it. Default: every layer of `layer_types` but those that face
             the image (4 channels or fewer in or out).
@@ -91,6 +97,7 @@ def sparsify(
     options = Options.check(
         target_sparsity=target_sparsity,
         max_bytes=max_bytes,
+        value_dtype=value_dtype,
         include=include,
         exclude=exclude,
         layer_types=layer_types,
@@ -109,7 +116,12 @@ def sparsify(
             return _adopt(model, orphans, options)
     selection = select(model, options)
     weights = {id(layer._parameters["weight"]): layer for layer in selection.chosen.values()}  # tied ones once
-    goal = Goal(options.target_sparsity, count_weights(weights.values()))
+    target = options.target_sparsity
+    if options.budget is not None:
+        parameters = [layer._parameters["weight"] for layer in weights.values()]
+        target = first_sparsity_for(model, parameters, options.budget)  # type: ignore[arg-type]
+    assert target is not None
+    goal = Goal(target, count_weights(weights.values()), options.budget)
     if count_for(goal.target_sparsity, goal.weights) == goal.weights:
         raise OptionError(
             f"target_sparsity {goal.target_sparsity} of {goal.weights} weights, rounded, is all of them: "
@@ -139,7 +151,11 @@ def _adopt(model: nn.Module, layers: dict[str, Gated], options: Options) -> Spar
             f"the model is rewritten already, with granularity {' and '.join(map(repr, sorted(granularities)))}, "
             f"got {options.granularity!r}: give that, or finalize(model) before a new sparsify"
         )
-    goal = Goal(options.target_sparsity, count_weights(unique(layers).values()))
+    target = options.target_sparsity
+    if options.budget is not None:
+        target = sparsity_for(model, unique(layers), options.budget, guess=0.9)
+    assert target is not None
+    goal = Goal(target, count_weights(unique(layers).values()), options.budget)
     for layer in layers.values():
         layer._iks = replace(layer._iks, goal=goal)
     return SparsityController(model, layers, goal, options)
@@ -174,7 +190,7 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
     """
     layers = _layers_to_finalize(model)
     target = _checked(target_sparsity)
-    projected = projected_weights(layers, target, warn=True)
+    projected = projected_weights(model, layers, target, warn=True)
 
     for controller in controllers_of(layers.values()):
         controller.detach()
@@ -182,7 +198,9 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
         for layer, weight in projected.items():
             layer.raw_weight.copy_(weight)
     for layer in layers.values():
-        layer.__dict__[TRAINED_FOR] = layer._iks.goal.target_sparsity if target is None else target
+        goal = layer._iks.goal
+        met = goal.target_sparsity if goal.budget is None else zeros_in(projected.values()) / goal.weights
+        layer.__dict__[TRAINED_FOR] = met if target is None else target
         remove_gate(layer)
     _forget_compiled_graphs()
     return model
@@ -248,7 +266,7 @@ def finalized(model: nn.Module, target_sparsity: float | None = None) -> Iterato
         OptionError, IksError: as `finalize` does; the model is unchanged.
     """
     layers = _layers_to_finalize(model)
-    projected = projected_weights(layers, _checked(target_sparsity), warn=False)
+    projected = projected_weights(model, layers, _checked(target_sparsity), warn=False)
     gates = [(layer, layer.threshold, layer._iks) for layer in layers.values()]
     weights = [(layer.raw_weight, layer.raw_weight.data) for layer in projected]
     try:
@@ -279,11 +297,14 @@ def _layers_to_finalize(model: nn.Module) -> dict[str, Gated]:
 
 
 @torch.no_grad()
-def projected_weights(layers: dict[str, Gated], target_sparsity: float | None, *, warn: bool) -> dict[Gated, Tensor]:
-    """The gated weights of `layers` with exactly round(target * weights) zeros; the layers stay as they are.
+def projected_weights(
+    model: nn.Module, layers: dict[str, Gated], target_sparsity: float | None, *, warn: bool
+) -> dict[Gated, Tensor]:
+    """The gated weights of `layers` of `model` with exactly round(target * weights) zeros; the layers stay as they are.
 
     Layers that were rewritten together reach their target together; of layers that share a weight only the first is
-    in the result. `target_sparsity` None means each goal's own; `warn` tells of what a user may not expect.
+    in the result. `target_sparsity` None means each goal's own, or what its budget asks for with these weights; `warn`
+    tells of what a user may not expect.
     """
     by_goal: dict[Goal, dict[str, Gated]] = {}
     for name, layer in unique(layers).items():
@@ -296,6 +317,8 @@ def projected_weights(layers: dict[str, Gated], target_sparsity: float | None, *
                 f"this is only a part of a rewritten model ({count_weights(members.values()):,} of {goal.weights:,} "
                 "weights), and the target counts over all of it: finalize the whole"
             )
+        if goal.budget is not None and target_sparsity is None:
+            target = sparsity_for(model, members, goal.budget, guess=goal.target_sparsity)
         shifts = all_shifts(members)
         gated = [layer.weight for layer in members.values()]
         raw = [layer.raw_weight.detach() for layer in members.values()]

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from . import entries
 from .entries import SparseWeight
 from .errors import IksError, IksWarning
-from .layers import SUPPORTED_TYPES, TRANSPOSED, Gated
+from .layers import SUPPORTED_TYPES, Gated, output_axis
 from .quantize import check_value_dtype
 from .selection import written_by_blocks
 from .swap import Swapped, original_class, swapped_class
@@ -249,11 +249,6 @@ def packable_layers(model: nn.Module) -> dict[str, nn.Module]:
             if module not in layers.values() or key != "weight":
                 owned.discard(id(parameter))
     return {name: layer for name, layer in layers.items() if id(layer._parameters["weight"]) in owned}
-
-
-def output_axis(layer: nn.Module) -> int:
-    """The dimension of the layer's weight that counts output channels (per group, in a transposed convolution)."""
-    return 1 if isinstance(layer, TRANSPOSED) else 0
 
 
 def swap_in(packed: Mapping[nn.Module, PackedWeight]) -> None:

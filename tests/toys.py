@@ -136,6 +136,30 @@ class LeftAlone(nn.Module):
         self.own = DefinesWeightItself(8, 8, 3)
 
 
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(8, 6, 3, padding=1), (2, 8, 9)),
+    "conv2d": (lambda: nn.Conv2d(8, 6, 3, padding=1), (2, 8, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(8, 6, 3, padding=1), (2, 8, 5, 5, 5)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(8, 6, 3, stride=2), (2, 8, 9)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1), (2, 8, 9, 9)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(8, 6, 2, stride=2), (2, 8, 5, 5, 5)),
+    "linear": (lambda: nn.Linear(8, 6), (2, 5, 8)),
+    "groups": (lambda: nn.Conv2d(8, 12, 3, groups=4), (2, 8, 9, 9)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), (2, 8, 9, 9)),
+    "grouped transposed": (lambda: nn.ConvTranspose2d(8, 12, 3, groups=2), (2, 8, 9, 9)),
+    "depthwise transposed": (lambda: nn.ConvTranspose2d(8, 8, 3, groups=8), (2, 8, 9, 9)),
+    "dilated": (lambda: nn.Conv2d(8, 6, 3, dilation=2), (2, 8, 9, 9)),
+    "strided": (lambda: nn.Conv2d(8, 6, 3, stride=2), (2, 8, 9, 9)),
+    "no bias": (lambda: nn.Conv2d(8, 6, 3, bias=False), (2, 8, 9, 9)),
+    "pad same": (lambda: nn.Conv2d(8, 6, 3, padding="same"), (2, 8, 9, 9)),
+    "pad reflect": (lambda: nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"), (2, 8, 9, 9)),
+    "pad replicate": (lambda: nn.Conv2d(8, 6, 3, padding=1, padding_mode="replicate"), (2, 8, 9, 9)),
+    "pad circular": (lambda: nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular"), (2, 8, 9, 9)),
+    "own forward": (lambda: StandardisedConv2d(8, 6, 3), (2, 8, 9, 9)),
+}
+"""Every kind of layer that can be rewritten or packed: how to make one, and the shape of an input."""
+
+
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0, channels: int = 3
 ) -> list[float]:

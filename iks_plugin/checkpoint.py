@@ -1,0 +1,177 @@
+"""State dicts out of the checkpoints of training frameworks, and back into one. Nothing in a checkpoint is executed."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import IksError
+from .files import whole_file
+from .gate import soft_threshold
+
+_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "network", "net")
+"""Where frameworks keep weights, best first. BasicSR keeps averaged ones apart, MMEngine has them in `state_dict`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict and the key that it stood under; None where the checkpoint is the state dict."""
+
+    state: dict[str, Tensor]
+    key: str | None
+
+    @property
+    def restored_key(self) -> str | None:
+        """The key under which its framework finds it in a checkpoint of its own: BasicSR looks for "params" at last."""
+        return "params" if self.key == "params_ema" else self.key
+
+
+def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix: str = "") -> Checkpoint:
+    """The weights in a checkpoint of BasicSR, of MMagic, or of `torch.save(model.state_dict())`.
+
+    Thresholds beside the weights, as a training with gates may have left them, are applied to them. The prefix
+    "module." of parallel training is taken off.
+
+    Args:
+        path: a file that torch.save has written.
+        key: which of the state dicts to take; default the first of those that frameworks use.
+        prefix: take only entries whose names begin with it, and take it off.
+
+    Raises:
+        IksError: it is not such a file, or has no (such) state dict.
+    """
+    content = _load(Path(path))
+    if not isinstance(content, Mapping):
+        raise IksError(f"{path}: expected a checkpoint with a state dict, got a {type(content).__name__}")
+    if key is None and not _is_state(content):
+        key = next((name for name in _KEYS if _is_state(content.get(name))), None)
+    state: Any = content if key is None else content.get(key)
+    if not _is_state(state):
+        listed = [name for name, value in content.items() if _is_state(value)]
+        hint = f"choose one of {listed} with --key" if listed else "it holds none"
+        raise IksError(
+            f"{path}: expected a state dict {f'under {key!r}' if key else 'in the checkpoint'}, got none: {hint}"
+        )
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    chosen = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    if not chosen:
+        firsts = sorted({name.split(".")[0] + "." for name in tensors})
+        raise IksError(f"{path}: no name begins with {prefix!r}: the names begin with {', '.join(firsts[:8])}")
+    return Checkpoint(_gates_applied(chosen), key)
+
+
+def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], key: str | None) -> None:
+    """Write what `read_checkpoint` reads: `state`, under `key` if there is one; whole or not at all.
+
+    Raises:
+        IksError: it cannot be written; a file that was there before is still there.
+    """
+    try:
+        with whole_file(path) as unfinished:
+            torch.save(OrderedDict(state) if key is None else {key: OrderedDict(state)}, unfinished)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeErrors where it cannot write
+        raise IksError(f"{os.fspath(path)}: cannot be written ({error}). What was there before is unchanged") from error
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _gates_applied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    result = dict(state)
+    for name in state:
+        weight = name.removesuffix("threshold") + "weight"
+        if name.split(".")[-1] != "threshold" or weight not in state:
+            continue
+        threshold = result.pop(name)
+        try:
+            result[weight] = soft_threshold(state[weight], threshold.to(state[weight].dtype))
+        except RuntimeError:
+            shapes = f"{tuple(threshold.shape)} and {tuple(state[weight].shape)}"
+            raise IksError(
+                f"{name} does not fit {weight} (shapes {shapes}): finalize the model, then save it"
+            ) from None
+    return result
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise IksError(
+            f"{path}: expected a checkpoint, found {'a folder' if path.is_dir() else 'nothing'}: check the path"
+        )
+    data = io.BytesIO(path.read_bytes())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.1 warns of its own TypedStorage
+            return _load_weights(data)
+    except Exception as error:  # torch raises about anything for what is no file of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise IksError(
+            f"{path}: expected a checkpoint that torch.save has written, got something else ({reason})"
+        ) from None
+
+
+def _load_weights(data: io.BytesIO) -> Any:
+    try:
+        return torch.load(data, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # it holds more than weights, such as the logs of MMEngine
+        data.seek(0)
+        return torch.load(data, map_location="cpu", weights_only=False, pickle_module=_inert_pickle)
+
+
+_MADE = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+}
+
+
+class _Inert:
+    """Stands for an object of any class in a checkpoint but tensors: takes whatever it is given, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __call__(self, *_: Any, **__: Any) -> _Inert:
+        return self
+
+    def __setstate__(self, _: Any) -> None: ...
+
+    def __setitem__(self, _: Any, __: Any) -> None: ...
+
+    def append(self, _: Any) -> None: ...
+
+    def extend(self, _: Any) -> None: ...
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Makes tensors and plain containers; everything else becomes `_Inert`, so that no code of a file's choice runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module, name) if (module, name) in _MADE else _Inert
+
+
+def _inert_load(file: Any, **options: Any) -> Any:
+    return _InertUnpickler(file, **options).load()
+
+
+_inert_pickle = types.ModuleType("inert_pickle")
+_inert_pickle.Unpickler = _InertUnpickler  # type: ignore[attr-defined]
+_inert_pickle.load = _inert_load  # type: ignore[attr-defined]
