@@ -63,7 +63,7 @@ class FileInfo:
             or raw.keys() != FileInfo.__dataclass_fields__.keys()
             or not isinstance(raw["plugin_version"], str)
             or not isinstance(raw["model_class"], (str, type(None)))
-            or raw["value_dtype"] not in VALUE_DTYPES
+            or raw["value_dtype"] not in tuple(VALUE_DTYPES)
             or not isinstance(raw["checkpoint_key"], (str, type(None)))
         ):
             raise CodecError("what the index says of the file is not what this version writes")
@@ -193,7 +193,7 @@ class CompactFile:
         for name in ("index", "data"):
             if name not in names or not _is_flat_bytes(handle.get_slice(name)):
                 raise self._damaged(name, "expected a flat array of bytes")
-        packed = handle.get_slice("index")[:].tobytes()
+        packed = handle.get_tensor("index").tobytes()
         if checksum != f"{zlib.crc32(packed):08x}":
             raise self._damaged("index", "its checksum is wrong")
         try:

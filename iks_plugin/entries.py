@@ -119,7 +119,7 @@ def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "kind": lambda value: value in (PLAIN, SPARSE, ALIAS),
-    "dtype": lambda value: value in DTYPES,
+    "dtype": lambda value: isinstance(value, str) and value in DTYPES,
     "shape": _wholes,
     "order": _or_none(_wholes),
     "sizes": _wholes,

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from .layers import Gated, gated_layers
 from .measure import zeros_in
 from .rewrite import LEFT_ALONE, REWRITTEN, trained_for
+from .runtime import Packed, PackedWeight
 from .selection import holds_kernel
 from .table import table
 
@@ -96,7 +97,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Count the zeros of every layer of `model` that holds a kernel: rewritten, finalized or any other model.
+    """Count the zeros of every layer of `model` that holds a kernel: rewritten, finalized, packed or any other model.
 
     Layers that `sparsify` left alone carry its reason.
     """
@@ -105,21 +106,29 @@ def report(model: nn.Module) -> Report:
     parameters = [
         p for p in model.parameters() if id(p) not in thresholds and not isinstance(p, UninitializedParameter)
     ]
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     with torch.no_grad():
-        rows = [_describe(name, module) for name, module in model.named_modules() if holds_kernel(module)]
+        rows = [_describe(name, module) for name, module in model.named_modules() if _is_listed(module)]
         model_zeros = zeros_in(gated[id(p)].weight if id(p) in gated else p for p in parameters)
-    rewritten = {
-        id(module._parameters["weight"]): name for name, module in model.named_modules() if _is_rewritten(module)
-    }
+    rewritten = {id(_weight_of(module)): name for name, module in model.named_modules() if _is_rewritten(module)}
     counted = [row for row in rows if row.name in rewritten.values()]
     return Report(
         layers=tuple(rows),
         weights=sum(row.weights for row in counted),
         zeros=sum(row.zeros for row in counted),
-        model_weights=sum(p.numel() for p in parameters),
-        model_zeros=model_zeros,
+        model_weights=sum(p.numel() for p in parameters) + sum(weight.shape.numel() for weight in packed),
+        model_zeros=model_zeros + sum(weight.zeros for weight in packed),
         target_sparsity=trained_for(model),
     )
+
+
+def _is_listed(module: nn.Module) -> bool:
+    return isinstance(module, Packed) or holds_kernel(module)
+
+
+def _weight_of(module: nn.Module) -> object:
+    """What layers that share a weight have in common."""
+    return module.packed_weight if isinstance(module, Packed) else module._parameters["weight"]
 
 
 def _is_rewritten(module: nn.Module) -> bool:
@@ -132,7 +141,7 @@ def _describe(name: str, module: nn.Module) -> LayerReport:
         return LayerReport(name, type(module).__name__, (), 0, 0, 0.0, False, "it has no weight yet")
     # A parametrised weight is read from a copy: computing it may change buffers (spectral norm in training mode).
     source = copy.deepcopy(module) if hasattr(module, "parametrizations") else module
-    effective: Tensor = source.weight  # type: ignore[assignment]
+    effective: Tensor = source.packed_weight() if isinstance(source, Packed) else source.weight  # type: ignore[assignment]
     zeros = zeros_in([effective])
     thresholds: dict[str, float] = {}
     if isinstance(module, Gated):

@@ -68,6 +68,11 @@ class PackedWeight(nn.Module):
         """Bytes that the packed weight takes in memory."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
+    @property
+    def zeros(self) -> int:
+        """How many weights are not stored, because they are zero."""
+        return self.shape.numel() - self.values.numel()
+
     @torch.no_grad()
     def forward(self) -> Tensor:
         numel = self.shape.numel()

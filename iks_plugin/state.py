@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .container import FileInfo
 from .errors import IksError
 from .layers import output_axis
+from .swap import Swapped, original_class
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -26,7 +27,7 @@ def file_info(
     """What a file of `model`, or of a bare state dict, says of itself."""
     from . import __version__
 
-    cls = type(model)
+    cls = original_class(model) if isinstance(model, Swapped) else type(model)
     model_class = None if model is None else f"{cls.__module__}.{cls.__qualname__}"
     return FileInfo(__version__, model_class, target_sparsity, value_dtype, checkpoint_key)
 

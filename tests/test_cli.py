@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import iks_plugin
+import toys
 from iks_plugin.__main__ import INTERRUPTED, WRONG_USE, main
 
 ROOT = Path(iks_plugin.__file__).parents[1]
@@ -46,7 +48,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], ["demo", "--version"]),
+        (["--help"], ["demo", "inspect", "export", "restore", "--version"]),
+        (["inspect", "--help"], ["FILE", "checksums", "--json"]),
+        (["export", "--help"], ["BasicSR", "MMagic", "--value-dtype", "(default: float32)", "--key", "--prefix"]),
+        (["restore", "--help"], ["without iks-plugin", "'params' for BasicSR"]),
         (["demo", "--help"], ["--data", "--quick", "(default: iks-demo)", "(default: 0.9)", "(default: 0)", "Ctrl-C"]),
     ],
 )
@@ -157,3 +162,71 @@ def test_a_second_ctrl_c_aborts(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=300)
     assert process.returncode == INTERRUPTED
     assert err == "iks: aborted\n"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.9)
+    with pytest.warns(iks_plugin.IksWarning):  # it was not trained
+        iks_plugin.finalize(model)
+    torch.save({"params": toys.plain_sr().state_dict(), "params_ema": model.state_dict()}, tmp_path / "net_g.pth")
+    return tmp_path / "net_g.pth"
+
+
+def test_export_inspect_restore(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compact, restored = checkpoint.with_suffix(".iks"), checkpoint.with_name("restored.pth")
+    assert main(["export", str(checkpoint), str(compact)]) == 0
+    before, after = checkpoint.stat().st_size, compact.stat().st_size
+    assert after < 0.3 * before
+    assert (
+        f"(params_ema): {before:,} bytes -> {compact}: {after:,} bytes, {after / before:.1%}" in capsys.readouterr().out
+    )
+
+    assert main(["inspect", str(compact)]) == 0
+    out = capsys.readouterr().out
+    assert "sparse weights (2): 4,147 of 4,608 are zero, 90.00%" in out
+    assert out.rstrip().endswith("checksums: 7 of 7 are right")
+    assert main(["inspect", str(compact), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint_key"] == "params"
+
+    assert main(["restore", str(compact), str(restored)]) == 0
+    assert f"{compact} -> {restored}: 7 tensors under 'params', dense" in capsys.readouterr().out
+    expected = torch.load(checkpoint, weights_only=True)["params_ema"]
+    assert toys.states_equal(dict(torch.load(restored, weights_only=True)["params"]), dict(expected))
+    assert main(["restore", str(compact), str(restored), "--key", ""]) == 0
+    assert toys.states_equal(dict(torch.load(restored, weights_only=True)), dict(expected))
+
+
+def test_export_of_narrower_values_and_of_another_key(checkpoint: Path) -> None:
+    sizes = {}
+    for value_dtype in ("float32", "float16", "int8"):
+        out = checkpoint.with_suffix(".iks")
+        assert main(["export", str(checkpoint), str(out), "--value-dtype", value_dtype]) == 0
+        sizes[value_dtype] = out.stat().st_size
+    assert sizes["float16"] < sizes["float32"] and sizes["int8"] < sizes["float32"]
+    assert main(["export", str(checkpoint), str(checkpoint.with_suffix(".iks")), "--key", "params"]) == 0
+    assert checkpoint.with_suffix(".iks").stat().st_size > 2 * sizes["float32"]
+
+
+def test_inspecting_a_damaged_file_is_an_error(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compact = checkpoint.with_suffix(".iks")
+    main(["export", str(checkpoint), str(compact)])
+    content = bytearray(compact.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little") + 20] ^= 1  # past the container's header
+    compact.write_bytes(content)
+    assert main(["inspect", str(compact)]) == WRONG_USE
+    captured = capsys.readouterr()
+    assert "WRONG" in captured.out
+    assert f"iks: error: {compact}: 1 tensors are damaged (0.weight): copy the file again" in captured.err
+    assert main(["restore", str(compact), str(checkpoint.with_name("r.pth"))]) == WRONG_USE
+    assert "The file is damaged" in capsys.readouterr().err
+    assert not checkpoint.with_name("r.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect", "no.iks"], ["export", "no.pth", "o.iks"], ["restore", "no.iks", "o.pth"]]
+)
+def test_files_that_are_not_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == WRONG_USE
+    assert "found nothing: check the path" in capsys.readouterr().err

@@ -322,7 +322,10 @@ def saved(tmp_path: Path) -> Path:
     ("make", "messages"),
     [
         (lambda: toys.plain_sr(8), [r"0\.weight: shape \(8, 3, 3, 3\) in the model, \(16, 3, 3, 3\) in the file"]),
-        (lambda: nn.Sequential(nn.Conv2d(3, 16, 3)), [r"2\.weight: not in the model", "Build the model with the options"]),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 16, 3)),
+            [r"2\.weight: not in the model", "Build the model with the options"],
+        ),
         (lambda: nn.Sequential(*toys.plain_sr(), nn.Conv2d(3, 3, 1)), [r"\d\.weight: not in the file"]),
         (lambda: nn.ModuleDict({"net": toys.plain_sr()}), ["... and [0-9]+ more", r"net\.0\.weight: not in the file"]),
         (lambda: nn.Sequential(nn.LazyConv2d(16, 3)), [r"0\.weight: the model has no tensor there yet"]),
@@ -348,7 +351,9 @@ def test_a_damaged_entry_leaves_the_model_as_it_was(saved: Path, packed: bool) -
     saved.write_bytes(content)
     model = toys.plain_sr()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(IksError, match=r"m\.iks: entry '\d\.\w+': expected the checksum \w{8}, got \w{8}\. The file is dam"):
+    with pytest.raises(
+        IksError, match=r"m\.iks: entry '\d\.\w+': expected the checksum \w{8}, got \w{8}\. The file is dam"
+    ):
         iks_plugin.load(saved, model, packed=packed)
     assert toys.states_equal(before, model.state_dict())
     assert not any("Packed" in type(module).__name__ for module in model.modules())

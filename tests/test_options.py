@@ -30,7 +30,16 @@ WRONG = {
     "list": (dict(target_sparsity=[0.8]), r"got \[0.8\] of type list"),
     "no goal": ({}, "needs a goal, got none: give target_sparsity"),
     "two goals": (dict(target_sparsity=0.8, max_bytes="500KB"), "exclude each other: give only one"),
-    "budget": (dict(max_bytes="500KB"), "needs the compact file format, which this version does not have yet"),
+    "no size": (dict(max_bytes="large"), "max_bytes must be a number of bytes, or a text such as '500KB'"),
+    "an unknown unit": (dict(max_bytes="500 KBit"), "max_bytes must be a number of bytes"),
+    "a fraction of bytes": (dict(max_bytes=0.5), "max_bytes must be a number of bytes"),
+    "no bytes": (dict(max_bytes=0), "max_bytes must be a number of bytes"),
+    "true bytes": (dict(max_bytes=True), "max_bytes must be a number of bytes"),
+    "a value type without a size": (
+        dict(target_sparsity=0.8, value_dtype="float16"),
+        "value_dtype .* belongs to max_b",
+    ),
+    "an unknown value type": (dict(max_bytes=500, value_dtype="float12"), "value_dtype must be one of 'float32'"),
     "granularity": (
         dict(target_sparsity=0.8, granularity="kernels"),
         "one of 'weight', .*got 'kernels': did you mean 'kernel'",

@@ -74,9 +74,7 @@ def test_int8_of_what_is_not_finite(bad: float) -> None:
         (torch.float16, torch.int8, torch.int8),
     ],
 )
-def test_a_weight_is_never_stored_wider_than_it_is(
-    own: torch.dtype, wanted: torch.dtype, stored: torch.dtype
-) -> None:
+def test_a_weight_is_never_stored_wider_than_it_is(own: torch.dtype, wanted: torch.dtype, stored: torch.dtype) -> None:
     assert stored_dtype(own, wanted) == stored
 
 

@@ -52,7 +52,7 @@ def test_after_finalize_the_report_still_tells_the_layers_apart():
     model = iks_plugin.finalize(halved(), 0.5)
     report = iks_plugin.report(model)
     assert [row.rewritten for row in report.layers] == [False, True, True, False]
-    assert (report.zeros, report.target_sparsity) == (2304, None)
+    assert (report.zeros, report.target_sparsity) == (2304, 0.5)
     assert report.layers[1].type == "Conv2d" and report.layers[1].threshold_mean is None
 
 

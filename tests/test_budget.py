@@ -1,0 +1,182 @@
+"""Sizes as goals: the compact file has at most the bytes that were asked for, and nearly as many."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+import iks_plugin
+import toys
+from iks_plugin import OptionError
+from iks_plugin.budget import search
+from iks_plugin.sizes import check_size
+
+
+# Short trainings end far from the target, which a finalized model of the right size shall not mind.
+pytestmark = pytest.mark.filterwarnings("ignore:training ended at:iks_plugin.IksWarning")
+
+
+def size_of(model: nn.Module, folder: Path, value_dtype: str = "float32") -> int:
+    iks_plugin.save(model, folder / "size.iks", value_dtype)
+    return os.path.getsize(folder / "size.iks")
+
+
+def train(model: nn.Module, controller: iks_plugin.SparsityController, steps: int) -> None:
+    toys.train(model, torch.optim.Adam(controller.param_groups(), 2e-3), steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("500KB", 500_000),
+        ("500 kb", 500_000),
+        (" 1.5MB ", 1_500_000),
+        ("2GB", 2 * 10**9),
+        ("500KiB", 512_000),
+        ("1MiB", 2**20),
+        ("12345", 12345),
+        ("7 B", 7),
+        (12345, 12345),
+    ],
+)
+def test_sizes_that_users_write(text: str | int, size: int) -> None:
+    assert check_size(text) == size
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("max_bytes", ["40KB", "20KB", "12 KB"])
+def test_the_file_fits_after_training(tmp_path: Path, max_bytes: str, value_dtype: str) -> None:
+    model = toys.plain_sr(48)
+    controller = iks_plugin.sparsify(model, max_bytes=max_bytes, value_dtype=value_dtype, ramp_steps=30)
+    train(model, controller, steps=60)
+    limit = check_size(max_bytes)
+    assert controller.max_bytes == limit
+    before_finalize = size_of(model, tmp_path, value_dtype)
+    iks_plugin.finalize(model)
+    size = size_of(model, tmp_path, value_dtype)
+    assert 0.97 * limit <= size <= limit
+    assert abs(before_finalize - size) <= 0.01 * limit
+    assert iks_plugin.report(model).target_sparsity == pytest.approx(iks_plugin.report(model).sparsity)
+
+
+def test_the_target_follows_the_weights_while_they_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iks_plugin.control.RESOLVE_STEPS", 20)
+    model = toys.plain_sr(32)
+    controller = iks_plugin.sparsify(model, max_bytes="20KB", ramp_steps=20)
+    first = controller.target_sparsity
+    with torch.no_grad():
+        for layer in (model[2], model[4]):
+            layer.raw_weight.copy_(0.05 * layer.raw_weight.sign() * (1 + layer.raw_weight.abs()))  # compress better
+    train(model, controller, steps=60)
+    assert controller.target_sparsity != first
+    assert controller.sparsity == pytest.approx(controller.target_sparsity, abs=1e-3)
+
+
+@pytest.mark.parametrize("law", ["exact", "paper"])
+def test_both_laws(tmp_path: Path, law: str) -> None:
+    model = toys.plain_sr(32)
+    extra = {"interval": 10} if law == "paper" else {"ramp_steps": 20}
+    controller = iks_plugin.sparsify(model, max_bytes="20KB", law=law, **extra)
+    train(model, controller, steps=40)
+    iks_plugin.finalize(model)
+    assert 0.97 * 20_000 <= size_of(model, tmp_path) <= 20_000
+
+
+def test_a_copy_fits_by_its_own_weights(tmp_path: Path) -> None:
+    """An EMA copy's weights compress otherwise than those that are trained."""
+    model = toys.plain_sr(32)
+    controller = iks_plugin.sparsify(model, max_bytes="20KB", ramp_steps=20)
+    average = copy.deepcopy(model)
+    train(model, controller, steps=40)
+    target = controller.target_sparsity
+    assert 0.97 * 20_000 <= size_of(average, tmp_path) <= 20_000
+    iks_plugin.finalize(average)
+    assert 0.97 * 20_000 <= size_of(average, tmp_path) <= 20_000
+    assert controller.target_sparsity == target
+
+
+def test_a_copy_that_gets_a_budget_of_its_own(tmp_path: Path) -> None:
+    model = toys.plain_sr(32)
+    iks_plugin.sparsify(model, 0.5)
+    other = copy.deepcopy(model)
+    assert iks_plugin.sparsify(other, max_bytes="20KB").max_bytes == 20_000
+    assert 0.97 * 20_000 <= size_of(other, tmp_path) <= 20_000
+
+
+def test_new_goals_while_it_trains(tmp_path: Path) -> None:
+    model = toys.plain_sr(32)
+    controller = iks_plugin.sparsify(model, max_bytes="20KB", ramp_steps=10)
+    train(model, controller, steps=20)
+    controller.max_bytes = "10KB"
+    assert controller.max_bytes == 10_000
+    assert controller.sparsity == pytest.approx(controller.target_sparsity, abs=1e-3)
+    assert 0.97 * 10_000 <= size_of(model, tmp_path) <= 10_000
+    with pytest.raises(OptionError, match="max_bytes must be a number of bytes"):
+        controller.max_bytes = "small"
+    with pytest.raises(OptionError, match="max_bytes is 100, and with a single weight left"):
+        controller.max_bytes = 100
+    assert controller.max_bytes == 10_000
+    controller.target_sparsity = 0.5
+    assert controller.max_bytes is None
+    assert controller.target_sparsity == 0.5
+
+
+def test_the_budget_is_part_of_the_state() -> None:
+    model, other_model = toys.plain_sr(32), toys.plain_sr(32)
+    state = iks_plugin.sparsify(model, max_bytes="20KB", value_dtype="float16").state_dict()
+    assert (state["max_bytes"], state["value_dtype"]) == (20_000, "float16")
+    other = iks_plugin.sparsify(other_model, 0.3)
+    other.load_state_dict(state)
+    assert (other.max_bytes, other.target_sparsity) == (20_000, state["target_sparsity"])
+    assert other.state_dict() == state
+    for key, value in (("max_bytes", -3), ("value_dtype", "float1")):
+        with pytest.raises(OptionError, match=key):
+            other.load_state_dict({**state, key: value})
+    assert other.state_dict() == state
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "message"),
+    [
+        (3000, "max_bytes is 3,000, and with a single weight left .* the file still takes [0-9,]+ bytes: allow more"),
+        ("10MB", "max_bytes is 10,000,000, and the file fits that with 1% of zeros already"),
+    ],
+)
+def test_budgets_that_cannot_be_met_change_nothing(max_bytes: int | str, message: str) -> None:
+    model = toys.plain_sr(32)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match=message):
+        iks_plugin.sparsify(model, max_bytes=max_bytes)
+    assert toys.states_equal(dict(before), dict(model.state_dict()))
+    assert not iks_plugin.is_sparsified(model)
+
+
+@given(
+    weights=st.integers(10, 10**7),
+    dense=st.floats(0.5, 5.0),
+    fixed=st.integers(0, 10**5),
+    share=st.floats(0.01, 0.98),
+    guess=st.floats(0, 1),
+    bend=st.floats(0.3, 3.0),
+)
+def test_the_search_ends_at_the_budget_or_at_a_neighbour_of_it(
+    weights: int, dense: float, fixed: int, share: float, guess: float, bend: float
+) -> None:
+    """For any falling curve: a file fits, and either nearly fills the budget or would not fit with one zero less."""
+
+    def size_at(zeros: int) -> int:
+        return fixed + int(dense * weights * (1 - zeros / weights) ** bend)
+
+    budget = fixed + max(1, int(share * dense * weights))
+    assume(size_at(weights - 1) <= budget)
+    zeros = search(size_at, weights, budget, round(guess * weights), dense)
+    assert size_at(zeros) <= budget
+    least = round(0.01 * weights)
+    assert zeros == least or size_at(zeros) >= 0.97 * budget or size_at(zeros - 1) > budget

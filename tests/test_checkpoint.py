@@ -1,0 +1,157 @@
+"""State dicts out of checkpoints, with nothing in them executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+import iks_plugin
+import toys
+from iks_plugin import IksError
+from iks_plugin.checkpoint import read_checkpoint, write_checkpoint
+
+STATE = {"conv.weight": torch.eye(4), "conv.bias": torch.arange(4.0)}
+OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
+
+LAYOUTS = {
+    "plain": (STATE, None, None),
+    "ordered": (OrderedDict(STATE), None, None),
+    "BasicSR": ({"params": STATE}, "params", "params"),
+    "BasicSR with EMA": ({"params": OTHER, "params_ema": STATE}, "params_ema", "params"),
+    "MMEngine": ({"meta": {"epoch": 3}, "state_dict": STATE, "ema_state_dict": OTHER}, "state_dict", "state_dict"),
+    "a common one": ({"epoch": 3, "model_state_dict": STATE, "optimizer": {}}, "model_state_dict", "model_state_dict"),
+    "a counter beside": ({**STATE, "epoch": 3}, None, None),
+    "parallel": ({f"module.{name}": tensor for name, tensor in STATE.items()}, None, None),
+    "parameters": ({name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()}, None, None),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("content", "key", "restored"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(tmp_path: Path, content: dict, key: str | None, restored: str | None, zipped: bool) -> None:
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    checkpoint = read_checkpoint(tmp_path / "c.pth")
+    assert (checkpoint.key, checkpoint.restored_key) == (key, restored)
+    assert toys.states_equal(dict(checkpoint.state), STATE)
+
+
+def test_a_key_and_a_prefix_of_ones_own_choice(tmp_path: Path) -> None:
+    inner = {**{f"generator.{name}": tensor for name, tensor in STATE.items()}, "discriminator.w": torch.ones(2)}
+    torch.save({"state_dict": {}, "best": inner}, tmp_path / "c.pth")
+    checkpoint = read_checkpoint(tmp_path / "c.pth", key="best", prefix="generator.")
+    assert toys.states_equal(dict(checkpoint.state), STATE)
+    with pytest.raises(IksError, match="no name begins with 'net.': the names begin with discriminator., generator."):
+        read_checkpoint(tmp_path / "c.pth", key="best", prefix="net.")
+    with pytest.raises(IksError, match=r"under 'worst', got none: choose one of \['best'\] with --key"):
+        read_checkpoint(tmp_path / "c.pth", key="worst")
+    with pytest.raises(IksError, match=r"in the checkpoint, got none: choose one of \['best'\] with --key"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "layer"])
+def test_thresholds_beside_the_weights_are_applied(tmp_path: Path, granularity: str) -> None:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5, granularity=granularity)
+    toys.spread_thresholds(model)
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    state = read_checkpoint(tmp_path / "c.pth").state
+    plain = toys.plain_sr()
+    plain.load_state_dict(state)
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(plain(x), model(x))
+
+
+def test_thresholds_that_do_not_fit(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(4, 3), "a.threshold": torch.ones(5)}, tmp_path / "c.pth")
+    with pytest.raises(IksError, match=r"a.threshold does not fit a.weight \(shapes \(5,\) and \(4, 3\)\)"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+class Evil:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (self.folder,))
+
+
+class Logs(dict):
+    """A class that only the framework that wrote the file has, with state, items and an argument."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size=size)
+        self.history = [1.0] * size
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_other_objects_are_passed_over_and_never_made(tmp_path: Path, zipped: bool) -> None:
+    content = {"state_dict": STATE, "logs": Logs(3), "evil": Evil(tmp_path / "made"), "where": Path("a"), "set": {1, 2}}
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    assert toys.states_equal(dict(read_checkpoint(tmp_path / "c.pth").state), STATE)
+    assert not (tmp_path / "made").exists()
+
+
+WRONG = {
+    "nothing": (None, "found nothing: check the path"),
+    "text": (b"these are no weights", "expected a checkpoint that torch.save has written, got something else"),
+    "empty": (b"", "expected a checkpoint that torch.save has written, got something else"),
+    "a pickle": (pickle.dumps({"a": 1}), "expected a checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG.values(), ids=WRONG)
+def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "c.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(IksError, match=message) as raised:
+        read_checkpoint(path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "expected a checkpoint with a state dict, got a list"),
+        ({"epoch": 3}, "expected a state dict in the checkpoint, got none: it holds none"),
+        ({}, "it holds none"),
+        (torch.ones(3), "expected a checkpoint with a state dict, got a Tensor"),
+    ],
+)
+def test_checkpoints_without_a_state_dict(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(IksError, match=message):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_a_truncated_checkpoint(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "c.pth")
+    content = (tmp_path / "c.pth").read_bytes()
+    for size in (10, len(content) // 2, len(content) - 10):
+        (tmp_path / "c.pth").write_bytes(content[:size])
+        with pytest.raises(IksError, match="got something else"):
+            read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("key", [None, "params", "state_dict"])
+def test_what_is_written_is_read(tmp_path: Path, key: str | None) -> None:
+    write_checkpoint(tmp_path / "c.pth", STATE, key)
+    assert read_checkpoint(tmp_path / "c.pth").key == key
+    content = torch.load(tmp_path / "c.pth", weights_only=True)
+    assert toys.states_equal(dict(content if key is None else content[key]), STATE)
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(IksError, match="cannot be written .* What was there before is unchanged"):
+        write_checkpoint(tmp_path / "no" / "c.pth", STATE, None)
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(IksError, match="cannot be written"):
+        write_checkpoint(tmp_path / "folder.pth", STATE, None)
+    assert os.listdir(tmp_path) == ["folder.pth"]
