@@ -18,7 +18,6 @@ from iks_plugin import OptionError
 from iks_plugin.budget import search
 from iks_plugin.sizes import check_size
 
-
 # Short trainings end far from the target, which a finalized model of the right size shall not mind.
 pytestmark = pytest.mark.filterwarnings("ignore:training ended at:iks_plugin.IksWarning")
 

@@ -31,7 +31,8 @@ from iks_plugin.demo.quality import enlarge, enlarge_bicubic, luma, psnr_y
 from iks_plugin.demo.recipe import FEWEST_STEPS, Recipe, make_recipe
 from iks_plugin.demo.training import Batch, Learner, make_batch, train
 
-FILES = {"dense.pth", "sparse.pth", "results.json", "side-by-side.png", "layers.png"}
+FILES = {"dense.pth", "sparse.pth", "sparse.iks", "results.json", "side-by-side.png", "layers.png"}
+SPARSE_FILES = {"sparse.pth", "sparse.iks", "layers.png"}
 
 
 def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -273,6 +274,9 @@ class TestRun:
         assert results["sparse"]["rewritten"]["zeros"] == outcome.report.zeros
         assert set(results["psnr_y"]) == {"bicubic", "dense", "sparse"}
         said = "\n".join(lines)
+        compact, dense = (folder / name for name in ("sparse.iks", "dense.pth"))
+        smaller = dense.stat().st_size / compact.stat().st_size
+        assert f"{compact.stat().st_size:,} bytes, {smaller:.1f} times smaller" in said
         for candidate in outcome.candidates:
             assert f"{candidate.mean_psnr:.2f}" in said
         assert f"{outcome.report.zeros:,} of {outcome.report.weights:,} weights" in said
@@ -363,8 +367,8 @@ class TestInterrupt:
     @pytest.mark.parametrize(
         ("at_step", "steps", "files", "message"),
         [
-            (3, {"dense": 4}, FILES - {"sparse.pth", "layers.png"}, "interrupted at step 4 of 30, before a sparse"),
-            (5, {"dense": 6}, FILES - {"sparse.pth", "layers.png"}, "interrupted at step 6 of 30, before a sparse"),
+            (3, {"dense": 4}, FILES - SPARSE_FILES, "interrupted at step 4 of 30, before a sparse"),
+            (5, {"dense": 6}, FILES - SPARSE_FILES, "interrupted at step 6 of 30, before a sparse"),
             (6, {"dense": 7, "sparse": 7}, FILES, "interrupted at step 7 of 30: .* had [0-9.]+% zeros by then"),
             (29, {"dense": 30, "sparse": 30}, FILES, "interrupted after the last training step: nothing is missing"),
         ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import IksError
+from ..model_file import save
 from .outcome import Outcome
 from .pictures import draw_side_by_side
 from .training import Learner
@@ -19,6 +20,7 @@ RESULTS = "results.json"
 SIDE_BY_SIDE = "side-by-side.png"
 LAYERS = "layers.png"
 STATE_DICTS = {"dense": "dense.pth", "sparse": "sparse.pth"}
+COMPACT = "sparse.iks"
 
 
 def say_aloud(text: str) -> None:
@@ -50,7 +52,11 @@ def write(outcome: Outcome, learners: dict[str, Learner], folder: Path) -> dict[
     for name, learner in learners.items():
         file = STATE_DICTS[name]
         torch.save(learner.network.state_dict(), folder / file)
-        written[file] = f"state dict of the {name} network"
+        written[file] = f"state dict of the {name} network, {_size(folder / file):,} bytes"
+    if "sparse" in learners:
+        save(learners["sparse"].network, folder / COMPACT)
+        smaller = _size(folder / STATE_DICTS["dense"]) / _size(folder / COMPACT)
+        written[COMPACT] = f"the same in a compact file, {_size(folder / COMPACT):,} bytes, {smaller:.1f} times smaller"
     (folder / RESULTS).write_text(json.dumps(outcome.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     written[RESULTS] = "all figures"
     draw_side_by_side(outcome, folder / SIDE_BY_SIDE)
@@ -71,11 +77,17 @@ def tell(outcome: Outcome, folder: Path, written: dict[str, str], seconds: float
     say(f"\nwritten to {folder} in {seconds:.0f} s:")
     for name, what in written.items():
         say(f"  {name:<18}{what}")
-    older = [name for name in (*STATE_DICTS.values(), LAYERS) if name not in written and (folder / name).exists()]
+    older = [
+        name for name in (*STATE_DICTS.values(), COMPACT, LAYERS) if name not in written and (folder / name).exists()
+    ]
     if older:
         say(f"  {', '.join(older)}: left there by an earlier run, not by this one")
     if outcome.interrupted:
         say(_interruption(outcome))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _interruption(outcome: Outcome) -> str:
