@@ -6,22 +6,18 @@ All of its keys are keywords of `sparsify` but two: `network`, and `export`, whi
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from .errors import OptionError
-from .model_file import save
 from .options import check_options
 from .quantize import VALUE_DTYPES, check_value_dtype
 
 _OWN_KEYS = ("network", "export")
+GOAL = ("target_sparsity", "max_bytes", "value_dtype")
+"""What of a controller's state says where it leads."""
 
 
 @dataclass(frozen=True)
@@ -129,49 +125,11 @@ def _export_meant(value: Any) -> str:
     return f"did you mean {near[0]!r}?" if near else "write true for float32 values, which lose nothing"
 
 
-def compact_path(checkpoint: str | os.PathLike[str], network: str = "") -> Path:
-    """The compact file beside `checkpoint`; `network` is for checkpoints of which several files are made."""
-    path = Path(checkpoint)
-    return path.with_name(".".join(filter(None, (path.name.removesuffix(".pth"), network, "iks"))))
+def with_present_goal(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """A controller's `saved` state with the goal of the `present` one, which the option file sets for the resumed run.
 
-
-def export_beside(
-    checkpoint: str | os.PathLike[str],
-    model: nn.Module | Mapping[str, Tensor],
-    value_dtype: str,
-    *,
-    network: str = "",
-    prefix: str = "",
-    checkpoint_key: str | None = None,
-    tell: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> None:
-    """Write `model` to the compact file beside `checkpoint`, which has just been written. It never raises.
-
-    A compact file is made of a checkpoint at any time, and a training that took days is not ended for one that cannot
-    be written: `warn` gets a line that says what happened, and no file is left that belongs to an older checkpoint.
-
-    Args:
-        checkpoint: the framework's file, in a local folder.
-        model: what goes into the file, as for `save`.
-        value_dtype, checkpoint_key: as for `save`.
-        network: as for `compact_path`.
-        prefix: what the names of the model's weights begin with in the checkpoint.
-        tell: called with a line that says what was written.
-        warn: called with a line that says what was not.
+    Under the same `max_bytes` as before the target goes on from where it was, as it follows the weights.
     """
-    path = compact_path(checkpoint, network)
-    with suppress(OSError):  # what stays in the way, `save` cannot replace either
-        path.unlink(missing_ok=True)
-    try:
-        save(model, path, value_dtype, checkpoint_key=checkpoint_key)
-        sizes = path.stat().st_size, os.stat(checkpoint).st_size
-    except Exception as error:  # whatever it is, the training is worth more
-        options = "" if value_dtype == "float32" else f" --value-dtype {value_dtype}"
-        options += f" --prefix {prefix}" if prefix else ""
-        warn(
-            f"iks: {path.name} is not written, and training goes on: {type(error).__name__}: {error}. "
-            f"To make it later: iks export {checkpoint} {path}{options}"
-        )
-    else:
-        tell(f"iks: {path.name} has {sizes[0]:,} bytes, {Path(checkpoint).name} {sizes[1]:,}")
+    if present["max_bytes"] is not None and all(saved.get(key) == present[key] for key in ("max_bytes", "value_dtype")):
+        return dict(saved)
+    return {**saved, **{key: present[key] for key in GOAL}}

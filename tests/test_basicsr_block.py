@@ -29,8 +29,22 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unknown": ({"target_sparsity": 0.9, "granularty": "kernel"}, "'granularty': did you mean 'granularity'"),
     "unknown, ours": ({"target_sparsity": 0.9, "netwrok": "network_g"}, "no option 'netwrok': did you mean 'network'"),
     "granularity": ({"target_sparsity": 0.9, "granularity": "kernels"}, "got 'kernels': did you mean 'kernel'"),
-    "budget": ({"max_bytes": "500KB"}, "needs the compact file format, which this version does not have yet"),
-    "export": ({"target_sparsity": 0.9, "export": True}, "export needs the compact file format.*leave it out"),
+    "budget": ({"max_bytes": "500 pages"}, "block iks: max_bytes must be a number of bytes, .* got '500 pages'"),
+    "two types": (
+        {"max_bytes": "500KB", "value_dtype": "int8", "export": "float16"},
+        "export is 'float16', and max_bytes counts for .* value_dtype='int8': write export: true",
+    ),
+    "export": (
+        {"target_sparsity": 0.9, "export": "float8"},
+        "export must be true, false or the type .* 'int8'\\), got 'float8': did you mean 'float",
+    ),
+    "export, quoted": ({"target_sparsity": 0.9, "export": "True"}, "got 'True': write true, without quotation marks"),
+    "export, a path": (
+        {"target_sparsity": 0.9, "export": "out/edsr.iks"},
+        "got 'out/edsr.iks': write true for float32",
+    ),
+    "export, a number": ({"target_sparsity": 0.9, "export": 16}, "export must be true, .* got 16: write true"),
+    "export, misspelt": ({"target_sparsity": 0.9, "exprot": True}, "no option 'exprot': did you mean 'export'"),
     "network": (
         {"target_sparsity": 0.9, "network": "network_q"},
         r"network: the option file has no 'network_q' \(it has network_g\): did you mean 'network_g'",
@@ -72,7 +86,7 @@ def test_wrong_blocks_are_refused_before_a_folder_is_touched(block, message, tmp
     ]
 
 
-@pytest.mark.parametrize("content", [0.9, {"target_sparsity": 0.9}, None])
+@pytest.mark.parametrize("content", [0.9, {"target_sparsity": 0.9}, {"target_sparsity": 0.9, "export": True}, None])
 @pytest.mark.parametrize("name", ["IKS", "isk", "ikss", "ik", "iks_", "iks-plugin", "Iks_Basicsr", "target_sparsity"])
 def test_a_misspelt_block_is_refused(name, content, tmp_path):
     opt = toys.options(tmp_path, iks=None)
@@ -121,6 +135,32 @@ def test_a_bare_number_is_the_target(block, tmp_path):
     found = read_block({**toys.options(tmp_path, iks=block), "is_train": True})
     assert found is not None
     assert found.networks == ("network_g",) and found.options == {"target_sparsity": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("export", "value_dtype"),
+    [
+        *[(None, None), (False, None), (True, "float32"), (torch.float16, "float16")],
+        *[(name, name) for name in ("float32", "float16", "bfloat16", "int8")],
+    ],
+)
+def test_compact_files_are_asked_for_by_a_switch_or_by_the_type_of_their_values(export, value_dtype, tmp_path):
+    block = read_block(toys.options(tmp_path, iks={"target_sparsity": 0.9, "export": export}))
+    assert block is not None and block.export == value_dtype and block.options == {"target_sparsity": 0.9}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"max_bytes": "9KB", "export": "int8"},
+        {"max_bytes": "9KB", "value_dtype": "int8", "export": True},
+        {"max_bytes": "9KB", "value_dtype": torch.int8, "export": "int8"},
+    ],
+)
+def test_a_size_is_that_of_the_files_that_are_written(content, tmp_path):
+    block = read_block(toys.options(tmp_path, iks=content))
+    assert block is not None and block.export == "int8"
+    assert block.options["max_bytes"] == "9KB" and block.options["value_dtype"] in ("int8", torch.int8)
 
 
 def test_without_a_block_there_is_nothing_to_read(tmp_path):

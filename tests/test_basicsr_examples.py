@@ -121,8 +121,9 @@ class TestOptionFiles:
         assert said.count("# psnr: ") == 3
         iks = options["iks"]
         target = iks["target_sparsity"] if isinstance(iks, dict) else iks
-        assert {path.name for path in models.glob("net_g_*")} == {"net_g_2.pth", "net_g_4.pth", "net_g_latest.pth"}
-        for path in models.glob("net_g_*"):
+        assert {path.name for path in models.glob("net_g_*.pth")} == {"net_g_2.pth", "net_g_4.pth", "net_g_latest.pth"}
+        for path in models.glob("net_g_*.pth"):
+            assert path.with_suffix(".iks").exists() == (isinstance(iks, dict) and bool(iks.get("export")))
             saved = torch.load(path, weights_only=True)
             assert set(saved) == {"params", "params_ema"}
             for state in saved.values():

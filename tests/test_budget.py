@@ -15,6 +15,7 @@ from torch import nn
 import iks_plugin
 import toys
 from iks_plugin import OptionError
+from iks_plugin.block import with_present_goal
 from iks_plugin.budget import search
 from iks_plugin.sizes import check_size
 
@@ -139,6 +140,23 @@ def test_the_budget_is_part_of_the_state() -> None:
         with pytest.raises(OptionError, match=key):
             other.load_state_dict({**state, key: value})
     assert other.state_dict() == state
+
+
+SAVED = {"target_sparsity": 0.81, "max_bytes": 20_000, "value_dtype": "float32", "steps": 40}
+
+
+@pytest.mark.parametrize(
+    ("present", "target_sparsity"),
+    [
+        ({"target_sparsity": 0.7, "max_bytes": 20_000, "value_dtype": "float32", "steps": 0}, 0.81),
+        ({"target_sparsity": 0.7, "max_bytes": 20_000, "value_dtype": "float16", "steps": 0}, 0.7),
+        ({"target_sparsity": 0.7, "max_bytes": 10_000, "value_dtype": "float32", "steps": 0}, 0.7),
+        ({"target_sparsity": 0.7, "max_bytes": None, "value_dtype": None, "steps": 0}, 0.7),
+    ],
+    ids=["the same size", "another type", "another size", "a target"],
+)
+def test_a_resumed_run_has_the_goal_of_its_option_file(present: dict, target_sparsity: float) -> None:
+    assert with_present_goal(SAVED, present) == {**present, "target_sparsity": target_sparsity, "steps": 40}
 
 
 @pytest.mark.parametrize(

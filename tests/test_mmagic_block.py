@@ -22,7 +22,10 @@ WRONG = {
     "text": ("'0.9'", "config key iks: target_sparsity must be .* got the text '0.9': write 0.9, as a number"),
     "unknown": ("dict(target_sparsity=0.9, granularty='kernel')", "config key iks: .*did you mean 'granularity'"),
     "ours": ("dict(target_sparsity=0.9, netwrok='x')", "config key iks: .*'netwrok': did you mean 'network'"),
-    "export": ("dict(target_sparsity=0.9, export=True)", "config key iks: export needs the compact file format"),
+    "export": (
+        "dict(target_sparsity=0.9, export='fp16')",
+        "config key iks: export must be true, false or the type .* got 'fp16': write true for float32",
+    ),
     "network": (
         "dict(target_sparsity=0.9, network='generater')",
         "config key iks.network: BaseEditModel has no network 'generater', it has generator",

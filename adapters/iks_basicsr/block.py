@@ -95,7 +95,7 @@ def _is_meant_as_block(key: str, value: Any) -> bool:
     if (
         isinstance(value, Mapping)
         and {"target_sparsity", "max_bytes"} & set(value)
-        and set(value) <= ours | {"network"}
+        and set(value) <= ours | {"network", "export"}
     ):
         return True
     name = key.lower().replace("-", "").replace("_", "")

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import iks_plugin
 from iks_plugin import IksError, SparsityController
-from iks_plugin.block import Block
+from iks_plugin.block import Block, with_present_goal
+from iks_plugin.export import export_beside
 from iks_plugin.files import remove_unfinished
 
 from .block import optimizer_steps
+from .export import preferred
 from .files import whole_files
 from .networks import Networks
 from .state import STATE_VERSION, check_state
@@ -160,13 +162,12 @@ class SparseTraining:
     def _restore_controller(self, attribute: str, controller: SparsityController, saved: dict[str, Any]) -> None:
         """Take up the saved progress; what the option file says of target and schedule goes before what was saved."""
         present = controller.state_dict()
-        replaced = ["target_sparsity", *(_SCHEDULE if set(_SCHEDULE) & set(self._block.options) else ())]
-        state = {**saved, **{name: present[name] for name in replaced}}
-        for name in replaced:
-            if saved[name] != present[name]:
-                self._log(
-                    f"iks: {attribute}: the option file's {name}, {present[name]}, replaces the state's, {saved[name]}"
-                )
+        schedule = _SCHEDULE if set(_SCHEDULE) & set(self._block.options) else ()
+        state = {**with_present_goal(saved, present), **{name: present[name] for name in schedule}}
+        for name, value in state.items():
+            if saved.get(name) != value:
+                old = saved.get(name)
+                self._log(f"iks: {attribute}: the option file's {name}, {value}, replaces the state's, {old}")
         controller.load_state_dict(state)
 
     def _warn_of_a_short_rest(self) -> None:
@@ -254,17 +255,31 @@ class SparseTraining:
                 (stack or self._delivery).enter_context(iks_plugin.finalized(module))
 
     def _save_network(self, original: Original, net: Any, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as stack, whole_files():
+        self._delivery.close()  # a class may save within its validation
+        networks = net if isinstance(net, list) else [net]
+        with ExitStack() as stack, whole_files() as written:
             if self._is_master():
-                self._deliver(net if isinstance(net, list) else [net], stack)
+                self._deliver(networks, stack)
             original(net, *args, **kwargs)
+        if self._block.export and self._is_master() and any(map(iks_plugin.is_sparsified, networks)):
+            for path, content in written:
+                export_beside(
+                    path,
+                    preferred(content, networks),
+                    self._block.export,
+                    checkpoint_key="params",
+                    tell=self._log,
+                    warn=self._warn,
+                )
+        if self._validates:
+            self._deliver(self._networks.attributes().values())
 
     def _save_training_state(
         self, original: Original, epoch: int, current_iter: int, *args: Any, **kwargs: Any
     ) -> None:
         if current_iter == -1:  # the end
             self._warn_of_a_missed_target()
-        self._delivery.close()  # a class may save within its validation
+        self._delivery.close()  # as in _save_network
         attributes = self._networks.attributes()
         networks = {}
         for attribute, module in attributes.items():

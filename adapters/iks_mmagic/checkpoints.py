@@ -37,7 +37,7 @@ def take_gates_out(checkpoint: dict[str, Any], networks: Mapping[str, nn.Module]
         for name, network in networks.items():
             state = checkpoint.get(part, {})
             prefix = _prefix(state, lead, name, network)
-            inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+            inside = _within(state, prefix)
             if not inside:
                 continue
             plain = _finalized(network, inside)
@@ -48,6 +48,19 @@ def take_gates_out(checkpoint: dict[str, Any], networks: Mapping[str, nn.Module]
                 del state[f"{prefix}{key}"]
             state.update({f"{prefix}{key}": plain[key] for key in plain if key in kept})
     return gated
+
+
+def network_in(checkpoint: Mapping[str, Any], name: str, network: nn.Module) -> nn.Module:
+    """A copy of the gated `network` called `name`, on the CPU, as it is in a `checkpoint` that is about to be saved.
+
+    Out of `state_dict`, which with MMEngine's EMAHook holds the average and not what is trained.
+    """
+    state = checkpoint["state_dict"]
+    return _copy_with(network, _within(state, _prefix(state, "", name, network)))
+
+
+def _within(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _prefix(state: Mapping[str, Any], lead: str, name: str, network: nn.Module) -> str:
@@ -72,10 +85,15 @@ def drop_wrappers(checkpoint: dict[str, Any], children: Iterable[str]) -> None:
 
 def _finalized(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The plain state of a gated `network` that had this `state`, on the CPU."""
-    scratch = copy.deepcopy(network).cpu()
-    scratch.load_state_dict(state)
+    scratch = _copy_with(network, state)
     with iks_plugin.finalized(scratch):
         return dict(scratch.state_dict())
+
+
+def _copy_with(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    scratch = copy.deepcopy(network).cpu()
+    scratch.load_state_dict(state)
+    return scratch
 
 
 def put_gates_in(checkpoint: dict[str, Any], networks: Mapping[str, nn.Module], where: str) -> dict[str, Any]:
@@ -173,9 +191,18 @@ def _resume_from_whole(original: Callable[[], None], runner: Any) -> None:
 def _checkpoint_folders(runner: Any) -> list[Path]:
     from mmengine.hooks import CheckpointHook
 
-    folders = [Path(runner.work_dir)]
-    folders += [Path(hook.out_dir) for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.out_dir]
-    return [folder for folder in folders if "://" not in str(folder)]
+    folders = [checkpoint_folder(runner, hook) for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+    return [Path(runner.work_dir), *(folder for folder in folders if folder is not None)]
+
+
+def checkpoint_folder(runner: Any, hook: Any) -> Path | None:
+    """Where a CheckpointHook is going to save, None if that is not a local folder. To be asked before it trains.
+
+    Within an `out_dir` of its own it makes a folder named like the runner's.
+    """
+    if hook.out_dir is None or hook.out_dir == runner.work_dir:
+        return Path(runner.work_dir)
+    return None if "://" in str(hook.out_dir) else Path(hook.out_dir, Path(runner.work_dir).name)
 
 
 def _mend_last_checkpoint(runner: Any, folders: list[Path]) -> None:

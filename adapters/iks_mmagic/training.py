@@ -17,9 +17,10 @@ from torch import nn
 
 import iks_plugin
 from iks_plugin import IksError, OptionError, SparsityController
-from iks_plugin.block import Block
+from iks_plugin.block import GOAL, Block, with_present_goal
 
 from . import checkpoints, compat
+from .export import CompactFiles
 from .hooks import FirstHook, LastHook
 from .schedule import optimizer_steps
 
@@ -65,6 +66,7 @@ class SparseTraining:
         runner.wrap_model = partial(compat.wrap_model, runner.wrap_model, runner=runner)
         runner.register_hooks = partial(self._register_hooks, runner.register_hooks)
         checkpoints.protect(runner)
+        self._compact = CompactFiles(runner, block) if block.export else None
 
     def _register_hooks(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
@@ -73,6 +75,8 @@ class SparseTraining:
             hook.after_train_iter = partial(self._average, hook.after_train_iter)
         self._runner.register_hook(FirstHook(self))
         self._runner.register_hook(LastHook(self))
+        if self._compact is not None:
+            self._compact.follow(self._runner.hooks)
 
     def _average(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Let an EMA hook average what the networks are: a mean weight behind a mean threshold is another network."""
@@ -86,6 +90,18 @@ class SparseTraining:
         names = [name + suffix for name in self._controllers for suffix in ("", "_ema")]
         found = [_locate(self._model, name) for name in names]
         return {name: network for name, network in filter(None, found) if iks_plugin.is_sparsified(network)}
+
+    def _delivered(self, checkpoint: dict[str, Any]) -> dict[str, tuple[str, nn.Module]]:
+        """What compact files get of a checkpoint with gates: of each network its EMA copy, or itself, and its name."""
+        networks = self._networks()
+        result = {}
+        for name in self._controllers:
+            located = _locate(self._model, f"{name}_ema")
+            if located is None or located[0] not in networks:
+                located = _locate(self._model, name)
+            if located is not None:
+                result[name] = located[0], checkpoints.network_in(checkpoint, *located)
+        return result
 
     # What the hooks call
 
@@ -144,6 +160,8 @@ class SparseTraining:
         if "ema_state_dict" not in checkpoint:  # MMEngine swaps the two by their names
             wrapped = [name for name, child in self._model.named_children() if is_model_wrapper(child)]
             checkpoints.drop_wrappers(checkpoint, wrapped)
+        if self._compact is not None:
+            self._compact.put_into_next(self._delivered(checkpoint))
         gated = checkpoints.take_gates_out(checkpoint, self._networks())
         states = {name: controller.state_dict() for name, controller in self._controllers.items()}
         checkpoint["iks"] = {"version": checkpoints.VERSION, "controllers": states, "gated": gated}
@@ -159,17 +177,20 @@ class SparseTraining:
         if states.keys() != self._controllers.keys():
             raise IksError(f"{where}: expected iks.network {sorted(states)}, got {sorted(self._controllers)}")
         for name, controller in self._controllers.items():
-            wanted = controller.target_sparsity
+            present, saved = controller.state_dict(), states[name]
             try:
-                controller.load_state_dict(states[name])
+                controller.load_state_dict(saved)
+                controller.load_state_dict(with_present_goal(saved, present))
             except IksError as error:
                 raise IksError(f"{where} does not fit the config key iks, {name}: {error}") from None
-            if controller.target_sparsity != wanted:
-                self._runner.logger.warning(
-                    f"iks: {name}: the config's target_sparsity, {wanted}, replaces that of the checkpoint, "
-                    f"{controller.target_sparsity}"
-                )
-                controller.target_sparsity = wanted
+            for key in GOAL:
+                if controller.state_dict()[key] != saved[key]:
+                    self._runner.logger.warning(
+                        f"iks: {name}: the config's {key}, {present[key]}, replaces that of the checkpoint, "
+                        f"{saved[key]}"
+                    )
+            if present["max_bytes"] is None and present["target_sparsity"] != saved["target_sparsity"]:
+                controller.target_sparsity = present["target_sparsity"]  # now, where the ramp is over
 
     # Telling
 

@@ -6,7 +6,8 @@ python $TOOLS/train.py EDSR_x2.py   # TOOLS and the data: README.md
 _base_ = ["mmagic::edsr/edsr_x2c64b16_1xb16-300k_div2k.py", "./_small.py"]
 
 custom_imports = {"imports": ["iks_mmagic"]}
-iks = {"target_sparsity": 0.9}  # of the weights of all convolutions but those that face the image
+# 90 % of the weights of all convolutions but those that face the image; beside every checkpoint a compact iter_*.iks
+iks = {"target_sparsity": 0.9, "export": True}
 
 model = {"generator": {"mid_channels": 32, "num_blocks": 6}}
 
