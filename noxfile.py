@@ -37,7 +37,8 @@ TEST_TOOLS = [
 # Each a list of `pip install` calls. BasicSR's own set-up imports torch, so torch goes first, and setuptools 80 took
 # away what that set-up needs.
 BASICSR_NEEDS = ["setuptools", "wheel", "cython", "numpy", "torch", "torchvision"]
-LATEST = [BASICSR_NEEDS, ["--no-build-isolation", "basicsr", "mypy", "ruff", *TEST_TOOLS]]
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
+LATEST = [BASICSR_NEEDS, ["--no-build-isolation", "basicsr", "mypy", "ruff", *ONNX, *TEST_TOOLS]]
 CLASSIC = [
     BASICSR_NEEDS,
     [

@@ -196,13 +196,18 @@ def _add_restore(commands: Any) -> None:
         help="put the state dict under this key: 'params' for BasicSR, 'state_dict' for MMagic, '' for none (default: "
         "as in the checkpoint that was exported)",
     )
+    parser.add_argument(
+        "--prefix",
+        default="",
+        help="put this before every name, such as 'generator.' for a network that is a part of an MMagic model",
+    )
 
 
 def _restore(options: argparse.Namespace) -> int:
     from .checkpoint import write_checkpoint
     from .contents import inspect
 
-    state = load(options.file)
+    state = {f"{options.prefix}{name}": tensor for name, tensor in load(options.file).items()}
     key = inspect(options.file).info.checkpoint_key if options.key is None else options.key or None
     write_checkpoint(options.out, state, key)
     print(f"{options.file} -> {options.out}: {len(state)} tensors{f' under {key!r}' if key else ''}, dense")
