@@ -11,7 +11,8 @@ LIST_NEW_MODULES = """
 import sys, torch, numpy, safetensors
 before = set(sys.modules)
 import iks_plugin
-print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+allowed = {*sys.stdlib_module_names, 'torch', 'numpy', 'safetensors'}
+print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - allowed))
 """
 
 
