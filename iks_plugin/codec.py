@@ -9,9 +9,10 @@ the decoder must know beside the bytes are these two numbers.
 Numbers, taken as unsigned words, are rotated left by one bit, so that a float's sign moves from the top to the bottom
 and its exponent fills the top byte. Their bytes are regrouped into planes, first all top bytes, then all second bytes,
 and so on. The exponents of trained weights take 2 to 3 bits each; the lower planes are mostly noise and stay raw. A
-plane is one byte for its kind, and then its bytes as they are (`_RAW`), or (`_CODED`) the first and the last symbol
-that occur, a table with a byte for each symbol from the one to the other, the length of the stream in four bytes, and
-the stream.
+plane is one byte for its kind, and then its bytes as they are (kind 0). Or (kind 1 + g) its symbols are taken in groups
+of 2 ** g neighbours, which count as equally frequent, and there follow the first and the last group that occur, a table
+with a byte for each group from the one to the other, the length of the stream (seven bits a byte, the low ones first,
+the top bit set in all but the last), and the stream. Few values have a coarse table: it is a part of what they take.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RAW, _CODED = 0, 1
+_COARSEST = 5
 _WORTH_IT = 0.97
 """A plane is coded where that takes at most this share of its bytes: decoding costs time."""
 
@@ -89,9 +91,9 @@ def decode_words(data: bytes, dtype: np.dtype[Any], size: int) -> Words:
     columns = np.empty((size, little.itemsize), dtype=np.uint8)
     for place, fill in zip(reversed(range(little.itemsize)), planes, strict=True):
         fill(columns[:, place])
-    rotated = columns.reshape(-1).view(little).astype(dtype, copy=False)
-    bits = 8 * little.itemsize
-    words: Words = rotated >> 1 | rotated << (bits - 1)
+    words: Words = columns.reshape(-1).view(little).astype(dtype, copy=False)
+    for chunk in _chunks(words):
+        chunk[:] = chunk >> 1 | chunk << (8 * little.itemsize - 1)
     return words
 
 
@@ -100,18 +102,31 @@ def _encode_plane(plane: NDArray[np.uint8]) -> bytes:
     if not plane.size:
         return bytes([_RAW])
     counts = np.bincount(plane, minlength=256)
-    occurring = np.flatnonzero(counts)
+    head, model, estimate = min((_coarse(counts, grouped) for grouped in range(_COARSEST + 1)), key=lambda way: way[2])
+    if estimate > _WORTH_IT * plane.size:
+        return bytes([_RAW]) + plane.tobytes()
+    first = head[1] << (head[0] - _CODED)
+    stream = b"" if model is None else _encode(plane - np.uint8(first), model)
+    return head + _varint(len(stream)) + stream
+
+
+def _coarse(counts: NDArray[np.int64], grouped: int) -> tuple[bytes, Any, float]:
+    """Kind, bounds and table of a plane in groups of 2 ** grouped symbols; its model; the bytes that it will take.
+
+    The model is None where there is one symbol only.
+    """
+    total = counts.reshape(-1, 1 << grouped).sum(axis=1)
+    occurring = np.flatnonzero(total)
     first, last = int(occurring[0]), int(occurring[-1])
-    shares = counts[first : last + 1] / plane.size
+    shares = total[first : last + 1] / total.sum()
     with np.errstate(divide="ignore"):
         bits = -np.log2(shares)
     table = np.where(shares > 0, np.minimum(np.round(16 * bits), _RARITIES - 1) + 1, 0).astype(np.uint8)
-    head = bytes([_CODED, first, last]) + table.tobytes()
-    estimate = len(head) + 4 + float(np.sum(shares[shares > 0] * bits[shares > 0])) * plane.size / 8
-    if estimate > _WORTH_IT * plane.size:
-        return bytes([_RAW]) + plane.tobytes()
-    stream = b"" if first == last else _encode(plane - np.uint8(first), _categorical(table))
-    return head + len(stream).to_bytes(4, "little") + stream
+    head = bytes([_CODED + grouped, first, last]) + table.tobytes()
+    known = shares > 0
+    size = float(np.sum(shares[known] * (bits[known] + grouped))) * int(total.sum()) / 8
+    model = None if first == last and not grouped else _categorical(table, grouped)
+    return head, model, len(head) + 3 + size
 
 
 def _plane_reader(reader: _Reader, size: int) -> Any:
@@ -120,25 +135,33 @@ def _plane_reader(reader: _Reader, size: int) -> Any:
     if kind == _RAW:
         raw = np.frombuffer(reader.take(size), dtype=np.uint8)
         return lambda plane: np.copyto(plane, raw)
-    if kind != _CODED:
-        raise CodecError(f"expected a plane of kind {_RAW} or {_CODED}, got {kind}")
+    grouped = kind - _CODED
+    if grouped > _COARSEST:
+        raise CodecError(f"expected a plane of kind 0 to {_CODED + _COARSEST}, got {kind}")
     first, last = reader.byte(), reader.byte()
     if last < first:
         raise CodecError(f"a plane's last symbol ({last}) comes before its first ({first})")
+    if last >= 256 >> grouped:
+        raise CodecError(f"a plane's last symbol ({last}) is none of {256 >> grouped}")
     table = np.frombuffer(reader.take(last - first + 1), dtype=np.uint8)
     if not table[0] or not table[-1]:
         raise CodecError("the first or the last symbol of a plane does not occur in its table")
-    stream = reader.take(int.from_bytes(reader.take(4), "little"))
-    if first == last:
+    stream = reader.take(reader.varint())
+    if first == last and not grouped:
         if stream:
             raise CodecError(f"expected no stream for a plane of one symbol, got {len(stream)} bytes")
         return lambda plane: plane.fill(first)
 
     def decode(plane: NDArray[np.uint8]) -> None:
-        _decode_into(plane, stream, _categorical(table))
-        plane += np.uint8(first)
+        _decode_into(plane, stream, _categorical(table, grouped))
+        plane += np.uint8(first << grouped)
 
     return decode
+
+
+def _varint(number: int) -> bytes:
+    sevens = [number >> shift & 127 for shift in range(0, max(1, number.bit_length()), 7)]
+    return bytes(seven | 128 for seven in sevens[:-1]) + bytes(sevens[-1:])
 
 
 class _Reader:
@@ -157,6 +180,15 @@ class _Reader:
     def byte(self) -> int:
         return self.take(1)[0]
 
+    def varint(self) -> int:
+        number = 0
+        for shift in range(0, 63, 7):
+            byte = self.byte()
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number
+        raise CodecError("the length of a stream has no end")
+
     def expect_end(self) -> None:
         if self._at < len(self._data):
             raise CodecError(f"{len(self._data) - self._at} bytes are left over")
@@ -168,10 +200,10 @@ def _bernoulli(size: int, ones: int) -> Any:
     return constriction.stream.model.Bernoulli(ones / size, perfect=False)
 
 
-def _categorical(table: NDArray[np.uint8]) -> Any:
+def _categorical(table: NDArray[np.uint8], grouped: int) -> Any:
     import constriction
 
-    frequencies = _FREQUENCIES[table]
+    frequencies = np.repeat(_FREQUENCIES[table], 1 << grouped)
     # Whole numbers below 2 ** 53, divided once: the same doubles, and so the same model, on every machine.
     probabilities = frequencies.astype(np.float64) / float(frequencies.sum())
     return constriction.stream.model.Categorical(probabilities, perfect=False)

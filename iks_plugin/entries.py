@@ -146,8 +146,8 @@ def _check_fit(entry: Entry) -> None:
     optional = (entry.stored, entry.nonzeros, entry.axis, entry.alias_of)
     if (len(entry.sizes), *(value is not None for value in optional)) != expected:
         raise CodecError(f"what a {entry.kind} entry needs is not all there, or there is more")
-    if entry.kind == SPARSE and entry.dtype not in _FLOATS:
-        raise CodecError(f"a sparse entry cannot have the dtype {entry.dtype}")
+    if entry.stored is not None and not _can_be_sparse(entry.dtype, entry.stored, entry.numel):
+        raise CodecError(f"a sparse entry cannot be {entry.numel} values of {entry.dtype} stored as {entry.stored}")
     if entry.nonzeros is not None and entry.nonzeros > entry.numel:
         raise CodecError(f"{entry.nonzeros} non-zeros do not fit a shape of {entry.numel} weights")
     if entry.axis is not None and entry.axis >= len(entry.shape):
@@ -167,6 +167,10 @@ class SparseWeight:
     mask: Tensor
     values: Tensor
     scales: Tensor | None
+
+
+def _can_be_sparse(dtype: str, stored: str, size: int) -> bool:
+    return dtype in _FLOATS and DTYPES[stored].itemsize <= DTYPES[dtype].itemsize and size > 0
 
 
 def is_sparse_weight(name: str, tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from .rewrite import finalized, trained_for
 from .runtime import PackedWeight, is_packed, packable_layers, swap_in
 from .state import checked, file_info, output_axes, unwrapped
 
-_EXPANSION, _ROOM = 4096, 64 << 20
+_EXPANSION, _ROOM = 512, 64 << 20
 """Without a model to compare with, a file may claim tensors of this many times its bytes, and so many more."""
 
 
@@ -176,6 +176,8 @@ def _packed_weights(file: CompactFile, layers: Mapping[str, nn.Module]) -> dict[
         if entry.kind == SPARSE and entry.name not in made:
             own: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
             dtype = DTYPES[entry.dtype] if own.is_meta else own.dtype
+            if entry.axis is not None and dtype != DTYPES[entry.dtype]:
+                continue  # what is computed from scales would not be rounded to the file's dtype in between
             packed = PackedWeight(file.decode_sparse(entry), entry.shape, dtype, entry.axis, entry.order)
             smaller = packed.nbytes < entry.numel * dtype.itemsize
             made[entry.name] = (packed if own.is_meta else packed.to(own.device)) if smaller else None

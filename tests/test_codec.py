@@ -50,6 +50,14 @@ def test_a_mask_takes_its_entropy(share: float, size: int) -> None:
     assert len(encode_mask(mask)) <= (1.003 if share >= 0.01 else 1.01) * least + 8
 
 
+def test_few_values_have_a_coarse_table() -> None:
+    """Of float16 the top byte has 5 bits of exponent and 3 of mantissa, which hold next to nothing."""
+    values = (0.01 * np.random.default_rng(0).laplace(size=370)).astype(np.float16)
+    coded = encode_words(values.view("u2"))
+    assert len(coded) <= 0.9 * values.nbytes
+    assert np.array_equal(decode_words(coded, np.dtype("u2"), values.size), values.view("u2"))
+
+
 def test_noise_grows_by_a_byte_for_each_plane_at_most() -> None:
     noise = np.frombuffer(np.random.default_rng(0).bytes(40_000), dtype="u4")
     assert len(encode_words(noise)) == noise.nbytes + 4
@@ -95,12 +103,14 @@ def test_bytes_that_are_no_mask(data: bytes, size: int, ones: int, message: str)
         (b"", 3, "expected 1 bytes more, got 0"),
         (b"\x00ab", 3, "expected 3 bytes more, got 2"),
         (b"\x00abcd", 3, "1 bytes are left over"),
-        (b"\x02abc", 3, "expected a plane of kind 0 or 1, got 2"),
+        (b"\x07abc", 3, "expected a plane of kind 0 to 6, got 7"),
+        (b"\x02\x80\x80", 3, r"a plane's last symbol \(128\) is none of 128"),
+        (b"\x01\x05\x05\x01" + b"\xff" * 12, 3, "the length of a stream has no end"),
         (b"\x01\x05\x04", 3, r"a plane's last symbol \(4\) comes before its first \(5\)"),
-        (b"\x01\x05\x06\x00\x01\x00\x00\x00\x00", 3, "the first or the last symbol of a plane does not occur"),
-        (b"\x01\x05\x05\x01\x04\x00\x00\x00abcd", 3, "expected no stream for a plane of one symbol, got 4 bytes"),
-        (b"\x01\x05\x06\x01\x01\x04\x00\x00\x00\x00\x00\x00", 3, "expected 4 bytes more, got 3"),
-        (b"\x01\x05\x06\x01\x01\x03\x00\x00\x00\x00\x00\x00", 3, "whole words of 4 bytes, got 3 bytes"),
+        (b"\x01\x05\x06\x00\x01\x00", 3, "the first or the last symbol of a plane does not occur"),
+        (b"\x01\x05\x05\x01\x04abcd", 3, "expected no stream for a plane of one symbol, got 4 bytes"),
+        (b"\x01\x05\x06\x01\x01\x04\x00\x00\x00", 3, "expected 4 bytes more, got 3"),
+        (b"\x01\x05\x06\x01\x01\x03\x00\x00\x00", 3, "whole words of 4 bytes, got 3 bytes"),
     ],
 )
 def test_bytes_that_are_no_words(data: bytes, size: int, message: str) -> None:

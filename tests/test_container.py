@@ -87,7 +87,18 @@ WRONG_INDEX: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an axis too many": (entry(0, axis=4), "axis 4 is none of 4 dimensions"),
     "values stored as text": (entry(0, stored="utf8"), "stored has the impossible value 'utf8'"),
     "more non-zeros than weights": (entry(0, nonzeros=289), "289 non-zeros do not fit a shape of 288 weights"),
-    "a sparse entry of whole numbers": (entry(0, dtype="int32"), "a sparse entry cannot have the dtype int32"),
+    "a sparse entry of whole numbers": (
+        entry(0, dtype="int32"),
+        "a sparse entry cannot be 288 values of int32 stored as",
+    ),
+    "a stored type that is wider": (
+        entry(0, dtype="float16", stored="float32", axis=None, sizes=[4, 4]),
+        "a sparse entry cannot be 288 values of float16 stored as float32",
+    ),
+    "a sparse entry of nothing": (
+        entry(0, shape=[2**62, 0, 2**62], nonzeros=0),
+        "a sparse entry cannot be 0 values of float32 stored as int8",
+    ),
     "a checksum that is text": (entry(0, crc32="abc"), "crc32 has the impossible value"),
     "a key from the future": (entry(0, rank=3), "there are keys that this version does not know"),
     "the same name twice": (entry(1, name="a.weight"), "the name 'a.weight' occurs twice"),
