@@ -1,15 +1,17 @@
 """Packed layers: only the non-zero weights stay in memory, and a layer's dense weight exists while it computes.
 
 `pack` turns the sparse layers of a model into packed ones and `unpack` turns them back, both in place by a swap of the
-class. The weights of one layer lie in a `PackedWeight`: its non-zero values, and where they belong. For the latter it
-takes the smaller of two forms: one bit for every weight, or a byte for every non-zero (its place within a block of 256
-weights) and two bytes for every block (how many non-zeros it has).
+class. The weights of one layer lie in a `PackedWeight`: its non-zero values in the usual order, and where they belong.
+A weight is taken as rows, one for each index of its first dimension. For where a row's non-zeros are there is the
+smaller of two forms: one bit for every weight, or a byte for every non-zero (its place within a block of the row) and
+two bytes for every block (how many non-zeros it has). In a convolution's row a block is a number of whole input
+channels.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +26,11 @@ from .quantize import check_value_dtype
 from .selection import written_by_blocks
 from .swap import Swapped, original_class, swapped_class
 
-_BLOCK = 256
+_AT_ONCE = 1 << 18
+"""So many dense weights are made at once, beside the whole that they go into."""
+_LARGE = 1 << 20
+"""A convolution with more weights computes some output channels at a time, so that its dense weight is never whole."""
+_PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _UNPACK = "call iks_plugin.unpack(model) first"
 
 
@@ -58,7 +64,8 @@ class PackedWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.dtype, self.axis, self.order = torch.Size(shape), dtype, axis, order
-        index, counts = _narrow_index(sparse.mask)
+        self.block = _block_size(self.shape)
+        index, counts = _narrow_index(sparse.mask.view(_rows(self.shape), _row_length(self.shape)), self.block)
         tensors = {"values": sparse.values, "index": index, "counts": counts, "scales": sparse.scales}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -75,17 +82,38 @@ class PackedWeight(nn.Module):
 
     @torch.no_grad()
     def forward(self) -> Tensor:
-        numel = self.shape.numel()
+        dense = torch.empty(self.shape, dtype=self.dtype, device=self.values.device)
+        for start, part in self.parts(_AT_ONCE):
+            dense[start : start + len(part)] = part
+        return entries.in_order(dense, self.order)
+
+    @torch.no_grad()
+    def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """The dense weight a few rows at a time, of about `size` weights: the first row's number, and the rows."""
+        rows = _rows(self.shape)
+        length = _row_length(self.shape)
+        step, done = max(1, size // max(1, length)), 0
+        for start in range(0, rows, step):
+            positions = self._positions(start, min(rows, start + step), length, done)
+            stored = self.values[done : done + positions.numel()]
+            done += positions.numel()
+            values = entries.scaled(stored, self.scales, positions + start * length, self.shape, self.axis)
+            part = torch.zeros(min(step, rows - start) * length, dtype=self.dtype, device=stored.device)
+            part[positions] = values.to(self.dtype)
+            yield start, part.view(-1, *self.shape[1:])
+
+    def _positions(self, start: int, stop: int, length: int, done: int) -> Tensor:
+        """Where the non-zeros of the rows from `start` to `stop` are, counted from the first of these rows."""
+        index = self.index
         if self.counts is None:
-            bits = torch.arange(8, dtype=torch.uint8, device=self.index.device)
-            mask = (self.index.unsqueeze(1) >> bits & 1).view(-1)[:numel].bool()
-            positions = mask.nonzero().view(-1)
-        else:
-            starts = torch.arange(0, numel, _BLOCK, device=self.index.device)
-            positions = starts.repeat_interleave(self.counts.long()).add_(self.index)
-        dense = torch.zeros(numel, dtype=self.dtype, device=self.values.device)
-        dense[positions] = entries.scaled(self.values, self.scales, positions, self.shape, self.axis).to(self.dtype)
-        return entries.in_order(dense.view(self.shape), self.order)
+            bits = torch.arange(8, dtype=torch.uint8, device=index.device)
+            mask = (index[start:stop].unsqueeze(2) >> bits & 1).view(stop - start, -1)[:, :length]
+            return mask.reshape(-1).nonzero().view(-1)
+        counts = self.counts[start:stop].long()
+        rows = torch.arange(stop - start, device=index.device).unsqueeze(1) * length
+        blocks = rows + torch.arange(counts.shape[1], device=index.device) * self.block
+        firsts = blocks.view(-1).repeat_interleave(counts.view(-1))
+        return firsts.add_(index[done : done + firsts.numel()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         before = self.dtype
@@ -105,16 +133,37 @@ class PackedWeight(nn.Module):
         return f"{tuple(self.shape)}, {self.values.numel():,} {stored} values, {self.nbytes:,} bytes"
 
 
-def _narrow_index(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where the ones of a flat `mask` are: bits, eight to a byte, or bytes and the counts of blocks."""
-    nonzeros, blocks = int(torch.count_nonzero(mask)), -(-mask.numel() // _BLOCK)
-    if nonzeros + 2 * blocks < -(-mask.numel() // 8):
-        positions = mask.nonzero().view(-1)
-        counts = torch.bincount(positions.div(_BLOCK, rounding_mode="floor"), minlength=blocks)
-        return (positions % _BLOCK).to(torch.uint8), counts.to(torch.int16)
-    padded = torch.nn.functional.pad(mask, (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
-    bits = torch.arange(8, dtype=torch.uint8)
-    return (padded << bits).sum(dim=1, dtype=torch.uint8), None
+def _rows(shape: torch.Size) -> int:
+    return shape[0] if shape else 1
+
+
+def _row_length(shape: torch.Size) -> int:
+    return shape.numel() // max(1, _rows(shape))
+
+
+def _block_size(shape: torch.Size) -> int:
+    """Weights of a block: at most 256, and in a convolution of two dimensions the kernels of whole input channels.
+
+    About 144 weights are 16 channels of 3 x 3 kernels, whose rows of an image fit into a core's first cache.
+    """
+    kernel = shape[2] * shape[3] if len(shape) == 4 else 1
+    if kernel == 1 or kernel > 256:
+        return 256
+    return min(shape[1], max(1, 144 // kernel)) * kernel
+
+
+def _narrow_index(mask: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
+    """Where the ones of each row of a `mask` are: bits, eight to a byte, or bytes and the counts of blocks."""
+    rows, length = mask.shape
+    blocks = -(-length // block)
+    nonzeros = int(torch.count_nonzero(mask))
+    if nonzeros + 2 * rows * blocks < rows * -(-length // 8):
+        positions = [torch.nonzero(chunk)[:, 1] for chunk in torch.split(mask, max(1, _AT_ONCE // max(1, length)))]
+        places = [(position % block).to(torch.uint8) for position in positions]
+        padded = torch.nn.functional.pad(mask, (0, blocks * block - length))
+        return torch.cat(places), padded.view(rows, blocks, block).sum(dim=2).to(torch.int16)
+    padded = torch.nn.functional.pad(mask, (0, -length % 8)).view(rows, -(-length // 8), 8).to(torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(dim=2, dtype=torch.uint8), None
 
 
 class Packed(Swapped):
@@ -128,18 +177,36 @@ class Packed(Swapped):
     packed_weight: PackedWeight
 
     def _get_weight(self) -> Tensor:
+        self._check_mode()
+        weight: Tensor = self.packed_weight()
+        return weight
+
+    def _check_mode(self) -> None:
         if self.training and torch.is_grad_enabled():
             raise IksError(
                 f"a {type(self).__name__} has packed weights, which cannot be trained, and is in training mode: "
                 f"call model.eval() for inference; to train, {_UNPACK}"
             )
-        weight: Tensor = self.packed_weight()
-        return weight
 
     def _set_weight(self, value: Any) -> None:
         raise IksError(f"the weight of a {type(self).__name__} is packed and cannot be set: {_UNPACK}")
 
     weight = property(_get_weight, _set_weight, doc="The dense weight, made of the packed one.")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plain = original_class(self).forward in _PLAIN_FORWARDS
+        if plain and getattr(self, "groups", None) == 1 and self.packed_weight.shape.numel() > _LARGE:
+            return self._forward_in_parts(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _forward_in_parts(self, input: Tensor) -> Tensor:  # the name that torch's layers give it
+        self._check_mode()
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        outputs = [
+            self._conv_forward(input, part, None if bias is None else bias[start : start + len(part)])  # type: ignore[operator]
+            for start, part in self.packed_weight.parts(_LARGE // 2)
+        ]
+        return torch.cat(outputs, dim=input.ndim - len(self.packed_weight.shape) + 1)  # an input may lack the batch
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.packed_weight()

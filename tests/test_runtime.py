@@ -65,7 +65,7 @@ def test_narrower_values_compute_what_their_file_would(
 
 @settings(max_examples=200, deadline=None)
 @given(
-    shape=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    shape=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     share=st.floats(0, 1),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 2**16),
@@ -95,6 +95,32 @@ def test_packed_weights_are_small(share: float, value_dtype: str, most: float) -
     iks_plugin.pack(layer, value_dtype)
     assert memory_of(layer) <= most * dense
     assert memory_of(layer) == layer.packed_weight.nbytes
+
+
+LARGE = {
+    "1d": (lambda: nn.Conv1d(700, 600, 3, padding=1), (2, 700, 9)),
+    "2d": (lambda: nn.Conv2d(512, 300, 3, padding=1), (1, 512, 5, 6)),
+    "2d, no bias, reflected": (
+        lambda: nn.Conv2d(512, 300, 3, padding=1, padding_mode="reflect", bias=False),
+        (1, 512, 5, 6),
+    ),
+    "2d, no batch": (lambda: nn.Conv2d(512, 300, 3, padding=1), (512, 5, 6)),
+    "3d": (lambda: nn.Conv3d(256, 200, 3, padding=1), (1, 256, 3, 3, 3)),
+    "linear": (lambda: nn.Linear(1200, 1000), (3, 1200)),
+    "groups": (lambda: nn.Conv2d(512, 512, 5, groups=2), (1, 512, 5, 6)),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), LARGE.values(), ids=LARGE)
+def test_large_layers_compute_the_same_in_parts(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    layer = pruned(make())
+    x = torch.randn(shape)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.allclose(iks_plugin.pack(layer)(x), expected, atol=1e-5)
+    layer.train()
+    with pytest.raises(IksError, match="cannot be trained"):
+        layer(x)
 
 
 def test_layers_too_full_to_gain_stay_as_they_are() -> None:
