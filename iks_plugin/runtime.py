@@ -26,9 +26,9 @@ from .quantize import check_value_dtype
 from .selection import written_by_blocks
 from .swap import Swapped, original_class, swapped_class
 
-_AT_ONCE = 1 << 18
-"""So many dense weights are made at once, beside the whole that they go into."""
-_LARGE = 1 << 20
+_AT_ONCE = 1 << 16
+"""So many weights are unpacked or packed in one step."""
+_LARGE, _PART = 1 << 18, 1 << 17
 """A convolution with more weights computes some output channels at a time, so that its dense weight is never whole."""
 _PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _UNPACK = "call iks_plugin.unpack(model) first"
@@ -82,25 +82,43 @@ class PackedWeight(nn.Module):
 
     @torch.no_grad()
     def forward(self) -> Tensor:
-        dense = torch.empty(self.shape, dtype=self.dtype, device=self.values.device)
-        for start, part in self.parts(_AT_ONCE):
-            dense[start : start + len(part)] = part
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.values.device)
+        self._fill(dense, 0, 0)
         return entries.in_order(dense, self.order)
 
     @torch.no_grad()
     def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """The dense weight a few rows at a time, of about `size` weights: the first row's number, and the rows."""
-        rows = _rows(self.shape)
-        length = _row_length(self.shape)
-        step, done = max(1, size // max(1, length)), 0
+        rows, done = _rows(self.shape), 0
+        step = max(1, size // max(1, _row_length(self.shape)))
         for start in range(0, rows, step):
-            positions = self._positions(start, min(rows, start + step), length, done)
+            shape = (min(step, rows - start), *self.shape[1:])
+            part = torch.zeros(shape, dtype=self.dtype, device=self.values.device)
+            done = self._fill(part, start, done)
+            yield start, part
+
+    def _fill(self, dense: Tensor, first: int, done: int) -> int:
+        """Put the non-zeros of the rows from `first` on into `dense`, which is of some rows, all zero.
+
+        In small steps: what is made for the way would leave larger holes in the memory than the weights take.
+
+        Args:
+            done: how many non-zeros the rows before have.
+
+        Returns:
+            The same for the rows that follow.
+        """
+        length = _row_length(self.shape)
+        step = max(1, _AT_ONCE // max(1, length))
+        flat, rows = dense.view(-1), dense.shape[0] if dense.ndim else 1
+        for start in range(0, rows, step):
+            positions = self._positions(first + start, first + min(rows, start + step), length, done)
             stored = self.values[done : done + positions.numel()]
             done += positions.numel()
-            values = entries.scaled(stored, self.scales, positions + start * length, self.shape, self.axis)
-            part = torch.zeros(min(step, rows - start) * length, dtype=self.dtype, device=stored.device)
-            part[positions] = values.to(self.dtype)
-            yield start, part.view(-1, *self.shape[1:])
+            of_whole = positions + (first + start) * length
+            values = entries.scaled(stored, self.scales, of_whole, self.shape, self.axis)
+            flat[start * length : (start + step) * length][positions] = values.to(self.dtype)
+        return done
 
     def _positions(self, start: int, stop: int, length: int, done: int) -> Tensor:
         """Where the non-zeros of the rows from `start` to `stop` are, counted from the first of these rows."""
@@ -114,6 +132,21 @@ class PackedWeight(nn.Module):
         blocks = rows + torch.arange(counts.shape[1], device=index.device) * self.block
         firsts = blocks.view(-1).repeat_interleave(counts.view(-1))
         return firsts.add_(index[done : done + firsts.numel()])
+
+    @torch.no_grad()
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """Each non-zero's place within its block (uint8), and where each block's non-zeros begin (int32, one more)."""
+        if self.counts is not None:
+            index, counts = self.index, self.counts.view(-1)
+        else:
+            rows, length = _rows(self.shape), _row_length(self.shape)
+            blocks = -(-length // self.block)
+            positions = self._positions(0, rows, length, 0)
+            index = (positions % length % self.block).to(torch.uint8)
+            block = positions.div(length, rounding_mode="floor") * blocks
+            block += (positions % length).div(self.block, rounding_mode="floor")
+            counts = torch.bincount(block, minlength=rows * blocks)
+        return index, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         before = self.dtype
@@ -155,15 +188,26 @@ def _block_size(shape: torch.Size) -> int:
 def _narrow_index(mask: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
     """Where the ones of each row of a `mask` are: bits, eight to a byte, or bytes and the counts of blocks."""
     rows, length = mask.shape
-    blocks = -(-length // block)
-    nonzeros = int(torch.count_nonzero(mask))
+    steps: tuple[Tensor, ...] = mask.split(max(1, _AT_ONCE // max(1, length)))  # type: ignore[no-untyped-call]
+    nonzeros, blocks = int(torch.count_nonzero(mask)), -(-length // block)
     if nonzeros + 2 * rows * blocks < rows * -(-length // 8):
-        positions = [torch.nonzero(chunk)[:, 1] for chunk in torch.split(mask, max(1, _AT_ONCE // max(1, length)))]
-        places = [(position % block).to(torch.uint8) for position in positions]
-        padded = torch.nn.functional.pad(mask, (0, blocks * block - length))
-        return torch.cat(places), padded.view(rows, blocks, block).sum(dim=2).to(torch.int16)
+        found = [_bytes_and_counts(step, block) for step in steps]
+        return torch.cat([places for places, _ in found]), torch.cat([counts for _, counts in found])
+    return torch.cat([_bits(step) for step in steps]), None
+
+
+def _bytes_and_counts(mask: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.nonzero(mask, as_tuple=True)
+    blocks = -(-mask.shape[1] // block)
+    numbers = rows.mul_(blocks).add_(columns.div(block, rounding_mode="floor"))
+    counts = torch.bincount(numbers, minlength=mask.shape[0] * blocks)
+    return (columns % block).to(torch.uint8), counts.view(-1, blocks).to(torch.int16)
+
+
+def _bits(mask: Tensor) -> Tensor:
+    rows, length = mask.shape
     padded = torch.nn.functional.pad(mask, (0, -length % 8)).view(rows, -(-length // 8), 8).to(torch.uint8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(dim=2, dtype=torch.uint8), None
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(dim=2, dtype=torch.uint8)
 
 
 class Packed(Swapped):
@@ -202,11 +246,17 @@ class Packed(Swapped):
     def _forward_in_parts(self, input: Tensor) -> Tensor:  # the name that torch's layers give it
         self._check_mode()
         bias: Tensor | None = self.bias  # type: ignore[assignment]
-        outputs = [
-            self._conv_forward(input, part, None if bias is None else bias[start : start + len(part)])  # type: ignore[operator]
-            for start, part in self.packed_weight.parts(_LARGE // 2)
-        ]
-        return torch.cat(outputs, dim=input.ndim - len(self.packed_weight.shape) + 1)  # an input may lack the batch
+        channels = input.ndim - len(self.packed_weight.shape) + 1  # an input may lack the batch
+        output: Tensor | None = None
+        for start, part in self.packed_weight.parts(_PART):
+            stop = start + len(part)
+            computed: Tensor = self._conv_forward(input, part, None if bias is None else bias[start:stop])  # type: ignore[operator]
+            if output is None:
+                shape = [*computed.shape[:channels], self.packed_weight.shape[0], *computed.shape[channels + 1 :]]
+                output = computed.new_empty(shape)
+            output.narrow(channels, start, stop - start).copy_(computed)
+        assert output is not None
+        return output
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.packed_weight()
