@@ -52,13 +52,18 @@ def first_sparsity_for(model: nn.Module, weights: Sequence[nn.Parameter], budget
         IksError: the model's state dict holds what a compact file cannot.
     """
     shifts = torch.cat([critical_shifts(weight, weight.new_zeros(())).to(weights[0].device) for weight in weights])
-    zeros = _fitting_zeros(model, weights, weights, shifts, budget, guess=0.9)
-    if zeros <= count_for(_LEAST, shifts.numel()):
+    sparsity = _fitting_zeros(model, weights, weights, shifts, budget, guess=0.9) / shifts.numel()
+    refuse_idle(sparsity, budget)
+    return sparsity
+
+
+def refuse_idle(sparsity: float, budget: Budget) -> None:
+    """Raise an OptionError where `sparsity`, which fits the budget, is next to nothing."""
+    if sparsity < 1.5 * _LEAST:
         raise OptionError(
             f"max_bytes is {budget.max_bytes:,}, and the file fits that with {_LEAST:.0%} of zeros already: no "
             "need to make it sparse. Give a smaller max_bytes, or a target_sparsity"
         )
-    return zeros / shifts.numel()
 
 
 def _fitting_zeros(

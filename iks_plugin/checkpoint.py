@@ -26,10 +26,12 @@ _KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict and the key that it stood under; None where the checkpoint is the state dict."""
+    """A state dict, the key that it stood under (None where the checkpoint is the state dict), and how many of its
+    weights have had thresholds beside them, which are applied now."""
 
     state: dict[str, Tensor]
     key: str | None
+    gated: int
 
     @property
     def restored_key(self) -> str | None:
@@ -53,13 +55,19 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix
     """
     content = _load(Path(path))
     if not isinstance(content, Mapping):
-        raise IksError(f"{path}: expected a checkpoint with a state dict, got a {type(content).__name__}")
-    if key is None and not _is_state(content):
+        got = "an object of another kind" if isinstance(content, _Inert) else f"a {type(content).__name__}"
+        raise IksError(
+            f"{path}: expected a checkpoint with a state dict, got {got}. Of a whole model save the state dict: "
+            "torch.save(model.state_dict(), path)"
+        )
+    if key is None:
         key = next((name for name in _KEYS if _is_state(content.get(name))), None)
     state: Any = content if key is None else content.get(key)
     if not _is_state(state):
         listed = [name for name, value in content.items() if _is_state(value)]
         hint = f"choose one of {listed} with --key" if listed else "it holds none"
+        if key is not None and _is_state(content):
+            hint = "the checkpoint is a state dict by itself, so leave --key out"
         raise IksError(
             f"{path}: expected a state dict {f'under {key!r}' if key else 'in the checkpoint'}, got none: {hint}"
         )
@@ -70,7 +78,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix
     if not chosen:
         firsts = sorted({name.split(".")[0] + "." for name in tensors})
         raise IksError(f"{path}: no name begins with {prefix!r}: the names begin with {', '.join(firsts[:8])}")
-    return Checkpoint(_gates_applied(chosen), key)
+    state = _gates_applied(chosen)
+    return Checkpoint(state, key, gated=len(chosen) - len(state))
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], key: str | None) -> None:
@@ -94,7 +103,7 @@ def _gates_applied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     result = dict(state)
     for name in state:
         weight = name.removesuffix("threshold") + "weight"
-        if name.split(".")[-1] != "threshold" or weight not in state:
+        if name.split(".")[-1] != "threshold" or weight not in state or state[name].ndim != state[weight].ndim:
             continue
         threshold = result.pop(name)
         try:
@@ -112,7 +121,13 @@ def _load(path: Path) -> Any:
         raise IksError(
             f"{path}: expected a checkpoint, found {'a folder' if path.is_dir() else 'nothing'}: check the path"
         )
-    data = io.BytesIO(path.read_bytes())
+    try:
+        data = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise IksError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if path.suffix in (".iks", ".safetensors"):
+        how = "it is what `iks restore` is for" if path.suffix == ".iks" else "read it with safetensors.torch.load_file"
+        raise IksError(f"{path}: expected a checkpoint that torch.save has written, got another kind of file: {how}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.1 warns of its own TypedStorage

@@ -219,7 +219,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[CompactFile]:
         what = "a folder" if path.is_dir() else "nothing"
         raise IksError(f"{path}: expected a compact file, found {what}: check the path")
     try:
-        handle: Any = safe_open(path, framework="numpy")
+        with open(path, "rb"):  # an error of the system's own, if any
+            handle: Any = safe_open(path, framework="numpy")
+    except OSError as error:
+        raise IksError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # safetensors raises errors of its own, of the system and of Python's JSON
         raise IksError(
             f"{path}: expected a compact file, got one that is no safetensors container, or a damaged one ({error}): "

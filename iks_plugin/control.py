@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import laws
-from .budget import RESOLVE_STEPS, sparsity_for
+from .budget import RESOLVE_STEPS, refuse_idle, sparsity_for
 from .errors import IksError, IksWarning
 from .layers import Gated, Goal
 from .measure import all_shifts, count_raw_zeros, count_weights, count_zeros, unique
@@ -108,6 +108,8 @@ class SparsityController:
         if model is None:
             raise IksError(_GONE)
         target = sparsity_for(model, self._gated(), budget, guess=self.target_sparsity)
+        if budget != self._goal.budget:
+            refuse_idle(target, budget)
         self._goal.budget = budget
         self._aim_at(target)
 

@@ -356,6 +356,8 @@ def packable_layers(model: nn.Module) -> dict[str, nn.Module]:
     written = written_by_blocks(model.modules())
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if isinstance(module, Packed):
+            raise IksError(f"the model is packed already ({name or 'the model itself'}): {_UNPACK}")
         if isinstance(module, Gated):
             raise IksError(
                 f"the model has gates ({name or 'the model itself'} is a {type(module).__name__}), which a packed one "

@@ -122,6 +122,10 @@ def test_new_goals_while_it_trains(tmp_path: Path) -> None:
         controller.max_bytes = "small"
     with pytest.raises(OptionError, match="max_bytes is 100, and with a single weight left"):
         controller.max_bytes = 100
+    with pytest.raises(
+        OptionError, match="max_bytes is 1,000,000,000, and the file fits that with 1% of zeros already"
+    ):
+        controller.max_bytes = "1GB"
     assert controller.max_bytes == 10_000
     controller.target_sparsity = 0.5
     assert controller.max_bytes is None

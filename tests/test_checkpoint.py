@@ -25,6 +25,7 @@ LAYOUTS = {
     "BasicSR with EMA": ({"params": OTHER, "params_ema": STATE}, "params_ema", "params"),
     "MMEngine": ({"meta": {"epoch": 3}, "state_dict": STATE, "ema_state_dict": OTHER}, "state_dict", "state_dict"),
     "a common one": ({"epoch": 3, "model_state_dict": STATE, "optimizer": {}}, "model_state_dict", "model_state_dict"),
+    "a tensor beside": ({"state_dict": STATE, "best_psnr": torch.tensor(31.2)}, "state_dict", "state_dict"),
     "a counter beside": ({**STATE, "epoch": 3}, None, None),
     "parallel": ({f"module.{name}": tensor for name, tensor in STATE.items()}, None, None),
     "parameters": ({name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()}, None, None),
@@ -67,9 +68,15 @@ def test_thresholds_beside_the_weights_are_applied(tmp_path: Path, granularity: 
 
 
 def test_thresholds_that_do_not_fit(tmp_path: Path) -> None:
-    torch.save({"a.weight": torch.ones(4, 3), "a.threshold": torch.ones(5)}, tmp_path / "c.pth")
-    with pytest.raises(IksError, match=r"a.threshold does not fit a.weight \(shapes \(5,\) and \(4, 3\)\)"):
+    torch.save({"a.weight": torch.ones(4, 3), "a.threshold": torch.ones(5, 3)}, tmp_path / "c.pth")
+    with pytest.raises(IksError, match=r"a.threshold does not fit a.weight \(shapes \(5, 3\) and \(4, 3\)\)"):
         read_checkpoint(tmp_path / "c.pth")
+
+
+def test_thresholds_of_other_kinds_are_left_alone(tmp_path: Path) -> None:
+    state = {"act.weight": torch.ones(4, 3), "act.threshold": torch.ones(4)}
+    torch.save(state, tmp_path / "c.pth")
+    assert toys.states_equal(dict(read_checkpoint(tmp_path / "c.pth").state), state)
 
 
 class Evil:
@@ -123,11 +130,42 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes | None, mes
         ({"epoch": 3}, "expected a state dict in the checkpoint, got none: it holds none"),
         ({}, "it holds none"),
         (torch.ones(3), "expected a checkpoint with a state dict, got a Tensor"),
+        (
+            torch.nn.Linear(2, 2),
+            r"got an object of another kind. Of a whole model save the state dict: torch.save\(model.s",
+        ),
     ],
 )
 def test_checkpoints_without_a_state_dict(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(IksError, match=message):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_a_key_where_there_is_none(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "c.pth")
+    with pytest.raises(IksError, match="the checkpoint is a state dict by itself, so leave --key out"):
+        read_checkpoint(tmp_path / "c.pth", key="params")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("m.iks", "it is what `iks restore` is for"), ("m.safetensors", "read it with safetensors.torch.load_file")],
+)
+def test_other_kinds_of_files(tmp_path: Path, name: str, message: str) -> None:
+    iks_plugin.save(STATE, tmp_path / name)
+    with pytest.raises(IksError, match=message):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(STATE, tmp_path / "c.pth")
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(IksError, match=r"cannot be read \(Permission denied\)"):
         read_checkpoint(tmp_path / "c.pth")
 
 

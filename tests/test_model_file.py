@@ -397,8 +397,26 @@ def test_packed_into_a_rewritten_model(saved: Path) -> None:
 
 
 def test_no_folder_to_write_to(tmp_path: Path) -> None:
-    with pytest.raises(IksError, match=r"nowhere/m\.iks: cannot be written \(No such file or directory\)"):
+    with pytest.raises(IksError, match=r"nowhere/m\.iks: cannot be written \(there is no folder .*nowhere\)"):
         iks_plugin.save(pruned_sr(), tmp_path / "nowhere" / "m.iks")
+
+
+def test_folders_devices_and_links(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(3, 3)}
+    for path in ("", ".", tmp_path):
+        with pytest.raises(IksError, match="cannot be written .Is a directory."):
+            iks_plugin.save(state, path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(IksError, match="cannot be written .it is there and no ordinary file."):
+        iks_plugin.save(state, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "real.iks").write_bytes(b"before")
+    (tmp_path / "real.iks").chmod(0o640)
+    (tmp_path / "link.iks").symlink_to("real.iks")
+    iks_plugin.save(state, tmp_path / "link.iks")
+    assert (tmp_path / "link.iks").is_symlink()
+    assert torch.equal(iks_plugin.load(tmp_path / "real.iks")["weight"], state["weight"])
+    assert (tmp_path / "real.iks").stat().st_mode & 0o777 == 0o640
 
 
 DISK_FULL = """

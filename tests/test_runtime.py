@@ -309,6 +309,11 @@ def test_a_weight_that_its_block_writes_is_left_alone() -> None:
     assert torch.equal(model(WIDE), expected)
 
 
+def test_a_packed_model_is_not_packed_again(packed: nn.Module) -> None:
+    with pytest.raises(IksError, match=r"the model is packed already \(0\): call iks_plugin.unpack"):
+        iks_plugin.pack(packed, "int8")
+
+
 def test_nothing_to_pack() -> None:
     with pytest.warns(IksWarning, match=r"none has zeros enough to become smaller.*finalize"):
         iks_plugin.pack(toys.plain_sr())
