@@ -24,6 +24,7 @@ TEST_TOOLS = [
     "constriction",
     "hypothesis",
     "matplotlib",
+    "numba",
     "pillow",
     "pytest",
     "pytest-timeout",

@@ -22,9 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
+        sys.stdout.flush()
     except IksError as error:
         print(f"iks: error: {error}", file=sys.stderr)
         return WRONG_USE
+    except BrokenPipeError:  # whoever reads our output has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("iks: aborted", file=sys.stderr)
         return INTERRUPTED
@@ -42,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_export(commands)
     _add_restore(commands)
+    _add_upscale(commands)
     return parser
 
 
@@ -173,12 +178,20 @@ def _add_export(commands: Any) -> None:
 def _export(options: argparse.Namespace) -> int:
     from .checkpoint import read_checkpoint
 
+    _check_apart(options.checkpoint, options.out)
     checkpoint = read_checkpoint(options.checkpoint, options.key, options.prefix)
     save(checkpoint.state, options.out, options.value_dtype, checkpoint_key=checkpoint.restored_key)
     before, after = os.path.getsize(options.checkpoint), os.path.getsize(options.out)
     taken = f" ({checkpoint.key})" if checkpoint.key else ""
+    if checkpoint.gated:
+        print(f"the thresholds beside {checkpoint.gated} weights, of a training with gates, are applied to them")
     print(f"{options.checkpoint}{taken}: {before:,} bytes -> {options.out}: {after:,} bytes, {after / before:.1%}")
     return 0
+
+
+def _check_apart(source: str, out: str) -> None:
+    if os.path.realpath(source) == os.path.realpath(out):
+        raise IksError(f"{out}: expected another file to write than the one to read: give it another name")
 
 
 def _add_restore(commands: Any) -> None:
@@ -207,10 +220,69 @@ def _restore(options: argparse.Namespace) -> int:
     from .checkpoint import write_checkpoint
     from .contents import inspect
 
+    _check_apart(options.file, options.out)
     state = {f"{options.prefix}{name}": tensor for name, tensor in load(options.file).items()}
     key = inspect(options.file).info.checkpoint_key if options.key is None else options.key or None
     write_checkpoint(options.out, state, key)
     print(f"{options.file} -> {options.out}: {len(state)} tensors{f' under {key!r}' if key else ''}, dense")
+    return 0
+
+
+def _add_upscale(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "upscale",
+        help="upscale a picture, or a folder of them, with a network",
+        description="Upscale a picture with a super-resolution network, or each picture of a folder. With --tile the "
+        "memory that it takes is bounded, and no seams show: a tile sees as much around it as the network looks.",
+    )
+    parser.set_defaults(command=_upscale)
+    parser.add_argument("source", metavar="IN", help="a picture (.png, .jpg, ...) of 8 bits a channel, or a folder")
+    parser.add_argument("out", metavar="OUT", help="the picture to write, or the folder")
+    parser.add_argument(
+        "--model", metavar="FILE", required=True, help="the weights: a compact file (.iks) or a checkpoint (.pth)"
+    )
+    parser.add_argument(
+        "--arch",
+        metavar="ARCH",
+        help="the network: package.module:Class, the name of one of BasicSR's architectures, or 'auto', to let "
+        "spandrel find it by the weights (default: auto, where spandrel is installed). A class is imported, so that "
+        "its code runs",
+    )
+    parser.add_argument(
+        "--arch-args",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="arguments of the class, such as num_feat=64 upscale=2, or a JSON object",
+    )
+    parser.add_argument("--tile", metavar="N", type=int, help="upscale in tiles of N x N pixels of the picture")
+    parser.add_argument(
+        "--overlap",
+        metavar="N",
+        type=int,
+        help="let tiles see N pixels around them (default: as far as the network looks, which makes them exact)",
+    )
+    parser.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep sparse weights packed in memory (default: those of a compact file)",
+    )
+    parser.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+
+
+def _upscale(options: argparse.Namespace) -> int:
+    from .architecture import load_network, parsed_arguments
+    from .images import check_paths, upscale_files
+    from .upscale import Upscaler
+
+    check_paths(options.source, options.out)
+    arguments = parsed_arguments(options.arch_args)
+    model, name = load_network(options.model, options.arch, arguments, options.packed, options.device)
+    upscaler = Upscaler(model, options.tile, overlap=options.overlap)
+    print(f"{options.model}: {name}", flush=True)
+    print(upscale_files(upscaler, options.source, options.out))
     return 0
 
 

@@ -14,6 +14,7 @@ from . import container
 from .container import CompactFile, FileInfo
 from .entries import DTYPES, SPARSE, Entry
 from .errors import IksError, OptionError
+from .fast import speed_up
 from .layers import gated_layers
 from .quantize import check_value_dtype
 from .rewrite import finalized, trained_for
@@ -120,6 +121,8 @@ def load(
     if packed:
         swap_in({layers[name]: weight for name, weight in weights.items()})
         bare.eval()
+        if weights:
+            speed_up(bare)
     return model
 
 

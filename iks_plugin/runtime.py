@@ -1,16 +1,14 @@
 """Packed layers: only the non-zero weights stay in memory, and a layer's dense weight exists while it computes.
 
-`pack` turns the sparse layers of a model into packed ones and `unpack` turns them back, both in place by a swap of the
-class. The weights of one layer lie in a `PackedWeight`: its non-zero values in the usual order, and where they belong.
-A weight is taken as rows, one for each index of its first dimension. For where a row's non-zeros are there is the
-smaller of two forms: one bit for every weight, or a byte for every non-zero (its place within a block of the row) and
-two bytes for every block (how many non-zeros it has). In a convolution's row a block is a number of whole input
-channels.
+A layer is packed and unpacked in place, by a swap of its class. The weights of one layer lie in a `PackedWeight`: its
+non-zero values in the usual order, and where they belong. A weight is taken as rows, one for each index of its first
+dimension. For where a row's non-zeros are there is the smaller of two forms: one bit for every weight, or a byte for
+every non-zero (its place within a block of the row) and two bytes for every block (how many non-zeros it has). In a
+convolution's row a block is a number of whole input channels.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,9 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from . import entries
 from .entries import SparseWeight
-from .errors import IksError, IksWarning
-from .layers import SUPPORTED_TYPES, Gated, output_axis
-from .quantize import check_value_dtype
+from .errors import IksError
+from .layers import SUPPORTED_TYPES, Gated
 from .selection import written_by_blocks
 from .swap import Swapped, original_class, swapped_class
 
@@ -31,7 +28,7 @@ _AT_ONCE = 1 << 16
 _LARGE, _PART = 1 << 18, 1 << 17
 """A convolution with more weights computes some output channels at a time, so that its dense weight is never whole."""
 _PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-_UNPACK = "call iks_plugin.unpack(model) first"
+UNPACK = "call iks_plugin.unpack(model) first"
 
 
 class PackedWeight(nn.Module):
@@ -229,11 +226,11 @@ class Packed(Swapped):
         if self.training and torch.is_grad_enabled():
             raise IksError(
                 f"a {type(self).__name__} has packed weights, which cannot be trained, and is in training mode: "
-                f"call model.eval() for inference; to train, {_UNPACK}"
+                f"call model.eval() for inference; to train, {UNPACK}"
             )
 
     def _set_weight(self, value: Any) -> None:
-        raise IksError(f"the weight of a {type(self).__name__} is packed and cannot be set: {_UNPACK}")
+        raise IksError(f"the weight of a {type(self).__name__} is packed and cannot be set: {UNPACK}")
 
     weight = property(_get_weight, _set_weight, doc="The dense weight, made of the packed one.")
 
@@ -267,84 +264,9 @@ class Packed(Swapped):
     ) -> None:
         *_, error_messages = reports
         if f"{prefix}weight" in state_dict:
-            error_messages.append(f"{prefix}weight is packed and cannot be loaded into: {_UNPACK}.")
+            error_messages.append(f"{prefix}weight is packed and cannot be loaded into: {UNPACK}.")
             state_dict = {name: value for name, value in state_dict.items() if name != f"{prefix}weight"}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
-
-
-def pack(model: nn.Module, value_dtype: str = "float32") -> nn.Module:
-    """Keep only the non-zero weights of `model`'s sparse layers in memory, in place, and set it to eval mode.
-
-    For inference with a finalized model, or one that was pruned by another tool: convolutions and linear layers whose
-    weight holds zeros are packed where that makes them smaller. They compute what they did before, for "float32" to
-    the bit, and a dense weight exists for one layer at a time. `state_dict()` gives plain dense weights;
-    `model.parameters()` no longer has the packed ones, and training, like `load_state_dict`, needs `unpack`.
-
-    Args:
-        model: any module without gates.
-        value_dtype: what the non-zeros are stored in: "float32", "float16", "bfloat16", or "int8" with a scale for each
-            output channel. Weights whose own type is narrower keep it.
-
-    Returns:
-        The same object.
-
-    Raises:
-        IksError: the model has gates, or weights that `value_dtype` cannot hold. It is unchanged.
-
-    Warns:
-        IksWarning: no layer is sparse enough to become smaller.
-    """
-    dtype = check_value_dtype(value_dtype)
-    layers = packable_layers(model)
-    packed: dict[int, PackedWeight] = {}
-    chosen: dict[nn.Module, PackedWeight] = {}
-    for name, layer in layers.items():
-        weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
-        if id(weight) not in packed:
-            if weight.is_meta or not entries.is_sparse_weight("weight", weight.detach()):
-                continue
-            packed[id(weight)] = _pack_weight(name, weight.detach(), dtype, output_axis(layer))
-        if packed[id(weight)].nbytes < weight.nbytes:
-            chosen[layer] = packed[id(weight)]
-    swap_in(chosen)
-    if not chosen:
-        warnings.warn(
-            "no layer of the model was packed: none has zeros enough to become smaller. After a training call "
-            "iks_plugin.finalize(model) first",
-            IksWarning,
-            stacklevel=2,
-        )
-    return model.eval()
-
-
-def _pack_weight(name: str, weight: Tensor, value_dtype: torch.dtype, axis: int) -> PackedWeight:
-    try:
-        sparse, scaled_axis = entries.split(weight.cpu(), value_dtype, axis)
-    except IksError as error:
-        raise type(error)(f"{name}.weight: {error}") from None
-    order = entries.memory_order(weight)
-    return PackedWeight(sparse, tuple(weight.shape), weight.dtype, scaled_axis, order).to(weight.device)
-
-
-def unpack(model: nn.Module) -> nn.Module:
-    """Give the packed layers of `model` their dense weights back as parameters, in place; nothing else changes.
-
-    The model stays in eval mode; the new parameters require gradients.
-
-    Returns:
-        The same object.
-    """
-    dense: dict[PackedWeight, nn.Parameter] = {}
-    for layer in [module for module in model.modules() if isinstance(module, Packed)]:
-        packed = layer.packed_weight
-        if packed not in dense:
-            dense[packed] = nn.Parameter(packed())
-        layer.__class__ = original_class(layer)  # type: ignore[assignment]
-        del layer._modules["packed_weight"]
-        others = dict(layer._parameters)
-        layer._parameters.clear()
-        layer._parameters.update({"weight": dense[packed], **others})
-    return model
 
 
 def packable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -357,7 +279,7 @@ def packable_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, Packed):
-            raise IksError(f"the model is packed already ({name or 'the model itself'}): {_UNPACK}")
+            raise IksError(f"the model is packed already ({name or 'the model itself'}): {UNPACK}")
         if isinstance(module, Gated):
             raise IksError(
                 f"the model has gates ({name or 'the model itself'} is a {type(module).__name__}), which a packed one "

@@ -212,6 +212,36 @@ def test_export_of_narrower_values_and_of_another_key(checkpoint: Path) -> None:
     assert checkpoint.with_suffix(".iks").stat().st_size > 2 * sizes["float32"]
 
 
+@pytest.mark.parametrize("command", ["export", "restore"])
+def test_nothing_is_written_over_what_is_read(
+    command: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = checkpoint.read_bytes()
+    link = checkpoint.with_name("link.pth")
+    link.symlink_to(checkpoint)
+    assert main([command, str(checkpoint), str(link)]) == WRONG_USE
+    assert "expected another file to write than the one to read" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+def test_thresholds_are_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5)
+    torch.save(model.state_dict(), tmp_path / "gated.pth")
+    assert main(["export", str(tmp_path / "gated.pth"), str(tmp_path / "gated.iks")]) == 0
+    assert "the thresholds beside 2 weights, of a training with gates, are applied" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_had_enough(checkpoint: Path) -> None:
+    compact = checkpoint.with_suffix(".iks")
+    assert main(["export", str(checkpoint), str(compact)]) == 0
+    command = f"{sys.executable} -m iks_plugin inspect --json {compact} | head -c 1"
+    ran = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (ran.stdout, ran.stderr) == ("{", "")
+
+
 def test_inspecting_a_damaged_file_is_an_error(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compact = checkpoint.with_suffix(".iks")
     main(["export", str(checkpoint), str(compact)])

@@ -1,0 +1,298 @@
+"""Networks that run row by row: the same results as layer by layer, for any size, layer, type of value and thread."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import iks_plugin
+import toys
+from iks_plugin import fast, tracing
+from iks_plugin.runtime import Packed
+
+pytest.importorskip("numba")
+
+
+class EveryOperation(nn.Module):
+    """What a stream can do: sums, constants for each channel, activations, shuffles, values that are read twice."""
+
+    def __init__(
+        self, channels: int = 8, kernel: int = 3, dilation: int = 1, groups: int = 1, scale: int = 2, act: int = 0
+    ) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, channels, 3, padding=1)
+        padding = dilation * (kernel // 2)
+        self.a = nn.Conv2d(channels, channels, kernel, padding=padding, dilation=dilation, groups=groups)
+        self.b = nn.Conv2d(channels, channels, 1)
+        self.act = (nn.ReLU(), nn.LeakyReLU(0.2), nn.PReLU(), nn.PReLU(channels))[act]
+        self.up = nn.Sequential(nn.Conv2d(channels, channels * scale**2, 3, padding=1), nn.PixelShuffle(scale))
+        self.tail = nn.Conv2d(channels, 3, 3, padding=1, bias=False)
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) * 2.0
+        features = self.head(x)
+        y = self.act(self.a(features))
+        y = self.b(y) * 0.3 + features
+        y = F.leaky_relu(y + self.a(y), 0.1)
+        return self.tail(self.up(y.contiguous() + features)) / 2.0 + self.mean
+
+
+def prune(model: nn.Module, share: float) -> nn.Module:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and min(module.in_channels, module.out_channels) > 3:
+                module.weight *= torch.rand_like(module.weight) >= share
+    return model.eval()
+
+
+def run_streamed(model: nn.Module, image: Tensor) -> Tensor:
+    steps = tracing.trace(model)
+    assert steps is not None
+    assert any(step.stream is not None for step in steps)
+    with torch.inference_mode():
+        return tracing.run(steps, dict(model.named_modules()), image)
+
+
+def assert_close(result: Tensor, expected: Tensor) -> None:
+    assert result.shape == expected.shape
+    assert float((result - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    channels=st.sampled_from([4, 8, 12, 24, 40]),
+    kernel=st.sampled_from([1, 3, 5]),
+    dilation=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2, 4]),
+    scale=st.sampled_from([1, 2, 3]),
+    act=st.integers(0, 3),
+    share=st.sampled_from([0.0, 0.3, 0.6, 0.9, 0.99, 1.0]),
+    value_dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 60), st.integers(1, 90)),
+    threads=st.integers(1, 3),
+)
+def test_any_network_on_any_image(
+    channels: int,
+    kernel: int,
+    dilation: int,
+    groups: int,
+    scale: int,
+    act: int,
+    share: float,
+    value_dtype: str,
+    size: tuple[int, int, int],
+    threads: int,
+) -> None:
+    model = prune(EveryOperation(channels, kernel, dilation, groups, scale, act), max(share, 0.2))
+    image = torch.rand(size[0], 3, *size[1:])
+    torch.set_num_threads(threads)
+    try:
+        iks_plugin.pack(model, value_dtype)
+        if not any(isinstance(module, Packed) for module in model.modules()):
+            return
+        result = run_streamed(model, image)
+    finally:
+        torch.set_num_threads(1)
+    with torch.inference_mode():
+        assert_close(result, iks_plugin.unpack(model)(image))
+
+
+def test_groups_of_layers_and_bands_meet() -> None:
+    """Deep enough for several groups, with values that cross them."""
+    layers: list[nn.Module] = [toys.plain_sr(8)[0]]
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.two(F.relu(self.one(x))) * 0.2
+
+    layers = [nn.Conv2d(3, 8, 3, padding=1), *(Block() for _ in range(12)), nn.Conv2d(8, 3, 3, padding=1)]
+    model = prune(nn.Sequential(*layers), 0.8)
+    image = torch.rand(1, 3, 50, 40)
+    with torch.inference_mode():
+        expected = model(image)
+    iks_plugin.pack(model)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        try:
+            assert_close(run_streamed(model, image), expected)
+        finally:
+            torch.set_num_threads(1)
+
+
+class PartlyStreaming(nn.Module):
+    """Attention over the whole image between chains of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.squeeze, self.strided = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.reflected = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.tail = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(self.head(x).relu())
+        y = y * torch.sigmoid(self.squeeze(y.mean(dim=(2, 3), keepdim=True)))
+        small = F.interpolate(self.strided(y), size=y.shape[2:], mode="bilinear")
+        return self.tail(torch.cat([self.reflected(y), small], dim=1))
+
+
+def test_what_cannot_stream_is_left_to_torch() -> None:
+    model = prune(PartlyStreaming(), 0.7)
+    image = torch.rand(2, 3, 20, 33)
+    with torch.inference_mode():
+        expected = model(image)
+    iks_plugin.pack(model)
+    assert_close(run_streamed(model, image), expected)
+
+
+@pytest.mark.parametrize("make", toys.LAYERS.values(), ids=toys.LAYERS)
+def test_single_layers_of_every_kind(make: tuple[Callable[[], nn.Module], tuple[int, ...]]) -> None:
+    layer, shape = make[0](), make[1]
+    model = nn.Sequential(layer).eval()
+    layer.weight.data *= torch.rand_like(layer.weight) >= 0.8
+    image = torch.rand(shape)
+    with torch.inference_mode():
+        expected = model(image)
+        iks_plugin.pack(model)
+        steps = tracing.trace(model)
+        if steps is not None:
+            assert_close(tracing.run(steps, dict(model.named_modules()), image), expected)
+        assert_close(model(image), expected)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return iks_plugin.pack(prune(EveryOperation(), 0.8))
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are taken whichever way is the faster one here."""
+    times = iter(range(10**6))
+    monkeypatch.setattr(fast, "_seconds", lambda act: (act(), next(times))[1])
+
+
+IMAGE = torch.rand(1, 3, 24, 30, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.usefixtures("always")
+def test_a_packed_model_streams_by_itself(model: nn.Module) -> None:
+    with torch.no_grad():
+        result = model(IMAGE)
+    assert set(fast.paths(model).values()) == {"stream"}
+    assert type(model).__name__ == "StreamedEveryOperation"
+    assert_close(result, iks_plugin.unpack(model)(IMAGE))
+    assert type(model) is EveryOperation
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    "image",
+    [
+        IMAGE.transpose(2, 3),
+        IMAGE[:, :, ::2, 3:],
+        IMAGE.expand(3, 3, 24, 30),
+        IMAGE.to(memory_format=torch.channels_last),
+        IMAGE[:, :, :1, :1],
+    ],
+    ids=["transposed", "sliced", "expanded", "channels_last", "one pixel"],
+)
+def test_images_of_any_layout(model: nn.Module, image: Tensor) -> None:
+    with torch.inference_mode():
+        result = model(image)
+    assert_close(result, iks_plugin.unpack(model)(image))
+
+
+@pytest.mark.usefixtures("always")
+def test_changing_sizes_copies_pickles_and_threads(model: nn.Module) -> None:
+    plain = iks_plugin.unpack(copy.deepcopy(model))
+    with torch.no_grad():
+        for size in ((24, 30), (9, 7), (24, 30), (33, 40), (17, 64), (24, 30)):
+            image = torch.rand(1, 3, *size)
+            assert_close(model(image), plain(image))
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_close(other(IMAGE), plain(IMAGE))
+    expected = plain(IMAGE)
+
+    def work(_: int) -> Tensor:
+        with torch.no_grad():
+            return model(IMAGE)
+
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(work, range(12)):
+            assert_close(result, expected)
+
+
+@pytest.mark.usefixtures("always")
+def test_the_usual_way_for_everything_else(model: nn.Module) -> None:
+    plain = iks_plugin.unpack(copy.deepcopy(model))
+    image = IMAGE.clone().requires_grad_()
+    model(image).sum().backward()
+    assert image.grad is not None
+    with torch.no_grad():
+        assert torch.allclose(copy.deepcopy(model).double()(IMAGE.double()), plain.double()(IMAGE.double()))
+        seen = []
+        handle = model.a.register_forward_hook(lambda *_: seen.append(1))
+        model(IMAGE)
+        assert seen
+        handle.remove()
+        traced = torch.jit.trace(model, IMAGE, check_trace=False)
+        assert_close(traced(IMAGE), model(IMAGE))
+
+
+@pytest.mark.usefixtures("always")
+def test_weights_that_change_are_seen(model: nn.Module) -> None:
+    with torch.no_grad():
+        before = model(IMAGE)
+        model.head.weight.mul_(2)
+        model.head.bias.add_(1)
+        after = model(IMAGE)
+        assert not torch.allclose(before, after)
+        assert_close(after, iks_plugin.unpack(model)(IMAGE))
+
+
+def test_the_faster_way_is_taken(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3.0, 3.0, 3.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(fast, "_seconds", lambda act: (act(), next(times))[1])
+    ran = []
+    monkeypatch.setattr(tracing, "run", lambda *arguments: ran.append(arguments[2].shape) or IMAGE)
+    with torch.no_grad():
+        result = model(IMAGE)
+    assert result.shape == (1, 3, 48, 60)
+    assert len(ran) == 3
+
+
+def test_without_numba_the_plain_way_says_once_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_told", False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(iks_plugin.IksWarning, match="run without their fast kernels, which need the package numba"):
+        packed = iks_plugin.pack(prune(EveryOperation(), 0.8))
+    iks_plugin.pack(prune(EveryOperation(), 0.8))  # says nothing more
+    assert type(packed) is EveryOperation
+    with torch.no_grad():
+        assert_close(packed(IMAGE), iks_plugin.unpack(packed)(IMAGE))
+
+
+def test_a_model_that_cannot_be_traced() -> None:
+    class Looks(EveryOperation):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.mean()) > 0 else x
+
+    model = iks_plugin.pack(prune(Looks(), 0.8))
+    assert tracing.trace(model) is None
+    with torch.no_grad():
+        assert_close(model(IMAGE), iks_plugin.unpack(model)(IMAGE))
