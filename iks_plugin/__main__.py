@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_restore(commands)
     _add_upscale(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -283,6 +284,45 @@ def _upscale(options: argparse.Namespace) -> int:
     upscaler = Upscaler(model, options.tile, overlap=options.overlap)
     print(f"{options.model}: {name}", flush=True)
     print(upscale_files(upscaler, options.source, options.out))
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure how fast a network is packed, and dense",
+        description="Run a network packed and dense in turn on random numbers, and print times, memory, and how each "
+        "packed layer runs.",
+    )
+    parser.set_defaults(command=_bench)
+    parser.add_argument("model", metavar="MODEL", help="the weights: a compact file (.iks) or a checkpoint (.pth)")
+    parser.add_argument("--arch", metavar="ARCH", help="the network, as for `iks upscale`")
+    parser.add_argument("--arch-args", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="as there")
+    parser.add_argument(
+        "--size", metavar="WxH", default="320x180", help="width and height of the image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=5, help="how often each runs; medians count (default: %(default)s)"
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: those of torch)")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from .architecture import load_network, parsed_arguments
+    from .bench import bench, parse_size
+
+    size = parse_size(options.size)
+    for name in ("rounds", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise IksError(f"--{name} must be at least 1, got {value}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model, name = load_network(options.model, options.arch, parsed_arguments(options.arch_args), packed=True)
+    print(f"{options.model}: {name}", flush=True)
+    print(bench(model, size, options.rounds))
     return 0
 
 

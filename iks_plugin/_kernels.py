@@ -307,7 +307,7 @@ def _reach(op):
 
 
 @njit
-def _needs(values, ops, step, made, need):
+def _needs(values, ops, step, need):
     """For each value the row before which all rows must be there, to write the rows of one `step`."""
     need[:] = -(1 << 60)
     for number in range(len(ops) - 1, -1, -1):
@@ -319,8 +319,6 @@ def _needs(values, ops, step, made, need):
         if op[O_KIND] == READ:
             continue
         upto = min(need[op[O_TARGET]], values[op[O_TARGET]][V_HEIGHT])
-        if upto <= made[number]:
-            continue
         if op[O_KIND] == SHUFFLE:
             upto = -(-upto // op[O_KERNEL])
         limit = source[V_HEIGHT] + source[V_ABOVE]
@@ -330,15 +328,15 @@ def _needs(values, ops, step, made, need):
 
 
 @njit(cache=True)
-def first_rows(values, ops, begin):
-    """For each value the first row that a band of the image from row `begin` on makes."""
+def first_rows(values, ops, begin, top):
+    """For each value the first row that a band of the image from row `begin` on makes, where none lies above `top`."""
     first = np.full(len(values), 1 << 60, dtype=np.int64)
     for number in range(len(ops) - 1, -1, -1):
         op = ops[number]
         if op[O_KIND] >= WRITE:
             first[op[O_SOURCE]] = min(first[op[O_SOURCE]], begin * values[op[O_SOURCE]][V_FACTOR])
         elif op[O_KIND] != READ:
-            real = max(0, first[op[O_TARGET]])
+            real = max(top, first[op[O_TARGET]])
             if op[O_KIND] == SHUFFLE:
                 real = real // op[O_KERNEL]
             first[op[O_SOURCE]] = min(first[op[O_SOURCE]], real - _reach(op))
@@ -347,24 +345,39 @@ def first_rows(values, ops, begin):
     return first
 
 
+@njit
+def _start(values, ops, begin):
+    """The step to begin with, so that from step to step each operation has only few rows to make.
+
+    The first rows of a band need many of the first layers' rows. These are made one after the other, in steps before
+    the band's own, in which nothing is written yet: as many as the layers reach above and below a row.
+    """
+    first = first_rows(values, ops, begin, -(1 << 60))
+    start = begin
+    for number in range(len(values)):
+        if first[number] < 1 << 59:
+            start = min(start, first[number] // values[number][V_FACTOR])
+    return 2 * start - begin
+
+
 @njit(cache=True)
 def ring_rows(values, ops, begin, end):
     """For each value how many rows must be kept while the rows from `begin` to `end` of the image are gone through."""
-    first = first_rows(values, ops, begin)
+    first = first_rows(values, ops, begin, 0)
     rows = np.ones(len(values), dtype=np.int64)
     need = np.empty(len(values), dtype=np.int64)
     made = np.empty(len(ops), dtype=np.int64)
     for number in range(len(ops)):
         made[number] = 0 if ops[number][O_KIND] >= WRITE else first[ops[number][O_TARGET]]
-    for step in range(begin, end):
-        _needs(values, ops, step, made, need)
+    for step in range(_start(values, ops, begin), end):
+        _needs(values, ops, step, need)
         for number in range(len(ops)):
             op = ops[number]
             if op[O_KIND] == READ:
                 made[number] = max(made[number], need[op[O_TARGET]])
                 continue
             if op[O_KIND] >= WRITE:
-                oldest = step * values[op[O_SOURCE]][V_FACTOR]
+                oldest = max(step, begin) * values[op[O_SOURCE]][V_FACTOR]
             else:
                 oldest = max(0, made[number])
                 if op[O_KIND] == SHUFFLE:
@@ -389,7 +402,7 @@ def run_band(values, ops, begin, end, strides):
         strides: int64 (operations, 2), in floats: from channel to channel and from row to row of the images that are
             read and written.
     """
-    first = first_rows(values, ops, begin)
+    first = first_rows(values, ops, begin, 0)
     need = np.empty(len(values), dtype=np.int64)
     made = np.empty(len(ops), dtype=np.int64)
     for number in range(len(ops)):
@@ -399,13 +412,15 @@ def run_band(values, ops, begin, end, strides):
     for value in values:
         widest = max(widest, value[V_PIECES])
     line = np.zeros(widest * LANES, dtype=np.float32)
-    for step in range(begin, end):
-        _needs(values, ops, step, made, need)
+    for step in range(_start(values, ops, begin), end):
+        _needs(values, ops, step, need)
         for number in range(len(ops)):
             op = ops[number]
             kind = op[O_KIND]
             source = values[max(0, op[O_SOURCE])]
             if kind >= WRITE:
+                if step < begin:
+                    continue
                 factor = source[V_FACTOR]
                 for row in range(step * factor, (step + 1) * factor):
                     if kind == WRITE:

@@ -48,7 +48,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], ["demo", "inspect", "export", "restore", "--version"]),
+        (["--help"], ["demo", "inspect", "export", "restore", "upscale", "bench", "--version"]),
         (["inspect", "--help"], ["FILE", "checksums", "--json"]),
         (["export", "--help"], ["BasicSR", "MMagic", "--value-dtype", "(default: float32)", "--key", "--prefix"]),
         (["restore", "--help"], ["without iks-plugin", "'params' for BasicSR"]),

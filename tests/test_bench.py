@@ -1,0 +1,66 @@
+"""`iks bench`: what it measures and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import iks_plugin
+import toys
+from iks_plugin.__main__ import WRONG_USE, main
+from iks_plugin.bench import bench, parse_size
+
+ARCH = "toys:plain_sr"
+
+
+@pytest.fixture
+def pruned() -> nn.Module:
+    model = toys.plain_sr()
+    for layer in (model[2], model[4]):
+        layer.weight.data *= torch.rand_like(layer.weight) >= 0.9
+    return model
+
+
+def test_figures_of_a_network(pruned: nn.Module) -> None:
+    result = bench(pruned, (20, 33), rounds=2)
+    assert result.image == (3, 20, 33)
+    assert result.dense > 0 and result.packed > 0
+    assert [layer.name for layer in result.layers] == ["2", "4"]
+    assert all(0.85 < layer.sparsity < 0.95 and layer.packed < 0.2 * layer.dense for layer in result.layers)
+    assert result.packed_bytes < result.dense_bytes
+    assert {layer.path for layer in result.layers} <= {"stream", "torch"}
+
+
+def test_the_command(pruned: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    iks_plugin.save(pruned, tmp_path / "m.iks")
+    arguments = ["bench", str(tmp_path / "m.iks"), "--arch", ARCH, "--size", "33x20", "--rounds", "1", "--threads", "1"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "image 3x20x33, 1 threads" in out
+    assert "times as fast" in out
+    assert "packed layer" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "320"], "size must be width x height in pixels, such as 320x180, got '320'"),
+        (["--size", "0x10"], "size must be width x height"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--threads", "-1"], "--threads must be at least 1, got -1"),
+    ],
+)
+def test_wrong_options(
+    arguments: list[str], message: str, pruned: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    iks_plugin.save(pruned, tmp_path / "m.iks")
+    assert main(["bench", str(tmp_path / "m.iks"), "--arch", ARCH, *arguments]) == WRONG_USE
+    assert message in capsys.readouterr().err
+
+
+def test_sizes() -> None:
+    assert parse_size("320x180") == (180, 320)
+    assert parse_size(" 64X32 ") == (32, 64)
