@@ -116,7 +116,7 @@ def engine_ways(model: nn.Module, image: Tensor, folder: Path) -> Iterator[tuple
         print("DeepSparse is not installed", file=sys.stderr)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_networks(rounds: int, compiled: bool) -> list[dict[str, Any]]:
     rows = []
     for scope, upsampler in (("body", False), ("body and upsampler", True)):
@@ -129,8 +129,7 @@ def measure_networks(rounds: int, compiled: bool) -> list[dict[str, Any]]:
             ways |= torch_ways(model, image, compiled and zeros == 0.9)
             with tempfile.TemporaryDirectory() as folder:
                 if zeros == 0.9:
-                    with torch.inference_mode(False):
-                        ways |= dict(engine_ways(model, image, Path(folder)))
+                    ways |= dict(engine_ways(model, image, Path(folder)))
                 seconds = in_turn(ways, rounds)
             for name, value in seconds.items():
                 ratio = value / seconds["iks-plugin"]
@@ -139,7 +138,7 @@ def measure_networks(rounds: int, compiled: bool) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_layers(rounds: int) -> list[dict[str, Any]]:
     rows = []
     image = torch.rand(1, 64, 192, 320)
@@ -166,7 +165,7 @@ def measure_layers(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_sweep(rounds: int) -> list[dict[str, Any]]:
     rows = []
     cases = [

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 _RAW, _CODED = 0, 1
 _COARSEST = 5
+_GROUPINGS = (0, 3)
+"""Those that are tried: each symbol for itself, and without the three mantissa bits in the top byte of a float16."""
 _WORTH_IT = 0.97
 """A plane is coded where that takes at most this share of its bytes: decoding costs time."""
 
@@ -102,19 +104,22 @@ def _encode_plane(plane: NDArray[np.uint8]) -> bytes:
     if not plane.size:
         return bytes([_RAW])
     counts = np.bincount(plane, minlength=256)
-    head, model, estimate = min((_coarse(counts, grouped) for grouped in range(_COARSEST + 1)), key=lambda way: way[2])
+    if 2 * np.count_nonzero(counts) > plane.size or 100 * counts.max() < plane.size:
+        return bytes([_RAW]) + plane.tobytes()  # noise, told without the work below
+    ways = {grouped: _coarse(counts, grouped) for grouped in _GROUPINGS}
+    grouped = min(ways, key=lambda way: ways[way][2])
+    first, table, estimate = ways[grouped]
     if estimate > _WORTH_IT * plane.size:
         return bytes([_RAW]) + plane.tobytes()
-    first = head[1] << (head[0] - _CODED)
-    stream = b"" if model is None else _encode(plane - np.uint8(first), model)
-    return head + _varint(len(stream)) + stream
+    stream = b""
+    if len(table) > 1 or grouped:  # otherwise there is one symbol only
+        stream = _encode(plane - np.uint8(first << grouped), _categorical(table, grouped))
+    head = bytes([_CODED + grouped, first, first + len(table) - 1])
+    return head + table.tobytes() + _varint(len(stream)) + stream
 
 
-def _coarse(counts: NDArray[np.int64], grouped: int) -> tuple[bytes, Any, float]:
-    """Kind, bounds and table of a plane in groups of 2 ** grouped symbols; its model; the bytes that it will take.
-
-    The model is None where there is one symbol only.
-    """
+def _coarse(counts: NDArray[np.int64], grouped: int) -> tuple[int, NDArray[np.uint8], float]:
+    """A plane in groups of 2 ** grouped symbols: the first that occurs, the table, and the bytes that it will take."""
     total = counts.reshape(-1, 1 << grouped).sum(axis=1)
     occurring = np.flatnonzero(total)
     first, last = int(occurring[0]), int(occurring[-1])
@@ -122,11 +127,9 @@ def _coarse(counts: NDArray[np.int64], grouped: int) -> tuple[bytes, Any, float]
     with np.errstate(divide="ignore"):
         bits = -np.log2(shares)
     table = np.where(shares > 0, np.minimum(np.round(16 * bits), _RARITIES - 1) + 1, 0).astype(np.uint8)
-    head = bytes([_CODED + grouped, first, last]) + table.tobytes()
     known = shares > 0
     size = float(np.sum(shares[known] * (bits[known] + grouped))) * int(total.sum()) / 8
-    model = None if first == last and not grouped else _categorical(table, grouped)
-    return head, model, len(head) + 3 + size
+    return first, table, 6 + len(table) + size
 
 
 def _plane_reader(reader: _Reader, size: int) -> Any:
