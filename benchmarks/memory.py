@@ -41,6 +41,7 @@ KINDS = {
     "dense, from a compact file": ("loaded", "float32.iks"),
     "packed, float32 values": ("packed", "float32.iks"),
     "packed, float16 values": ("packed", "float16.iks"),
+    "packed, float32 values, Numba": ("streamed", "float32.iks"),
 }
 """What processes there are: how they load, and which file. The first imports torch and enlarges nothing."""
 
@@ -52,8 +53,11 @@ def build(size: str, how: str, file: Path) -> nn.Module:
         model.load_state_dict(torch.load(file, mmap=True, weights_only=True), assign=True)
     else:
         import iks_plugin
+        import iks_plugin.fast
 
-        iks_plugin.load(file, model, packed=how == "packed")
+        iks_plugin.load(file, model, packed=how in ("packed", "streamed"))
+        if how == "packed":  # as without Numba, which takes memory itself
+            iks_plugin.fast.slow_down(model)
     return model.eval()
 
 
