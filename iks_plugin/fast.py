@@ -19,6 +19,8 @@ from .swap import Swapped, original_class, swapped_class
 _STRIP = (64, 256)
 """Height and width of the part of an image on which the two ways are compared."""
 
+_PLAIN = (bool, int, float, str, type(None))
+
 _told = False
 
 
@@ -46,7 +48,7 @@ class Streams:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._steps: Any = None
-        self._traced = False
+        self._settings: Any = None
         self._faster: dict[tuple[int, ...], bool] = {}
 
     def __reduce__(self) -> tuple[type[Streams], tuple[()]]:
@@ -56,10 +58,13 @@ class Streams:
         """The model's output of `image`; None where the usual way is faster or the only one."""
         from . import tracing
 
+        settings = _settings(model)
         with self._lock:
-            if not self._traced:
-                self._steps, self._traced = tracing.trace(model), True
-            if self._steps is None:
+            if settings != self._settings:
+                self._steps, self._settings = tracing.trace(model), settings
+                self._faster.clear()
+            steps = self._steps
+            if steps is None:
                 return None
             modules = dict(model.named_modules())
             height, width = (min(size, most) for size, most in zip(image.shape[2:], _STRIP, strict=True))
@@ -67,22 +72,23 @@ class Streams:
             if key not in self._faster:
                 strip = image[:1, :, :height, :width].contiguous()
                 try:
-                    _seconds(lambda: tracing.run(self._steps, modules, strip))  # compiles, makes plans and memory
-                    ours = _seconds(lambda: tracing.run(self._steps, modules, strip))
+                    _seconds(lambda: tracing.run(steps, modules, strip))  # compiles, makes plans and memory
+                    ours = _seconds(lambda: tracing.run(steps, modules, strip))
                     theirs = _seconds(lambda: usual(strip))
                     if theirs < 2 * ours:  # its first run is slower than others, and this is near
                         theirs = min(theirs, _seconds(lambda: usual(strip)))
-                        ours = min(ours, _seconds(lambda: tracing.run(self._steps, modules, strip)))
+                        ours = min(ours, _seconds(lambda: tracing.run(steps, modules, strip)))
                     self._faster[key] = ours < theirs
                 except RuntimeError:  # a part of an image is no input for every network
-                    return None
-        return tracing.run(self._steps, modules, image) if self._faster[key] else None
+                    self._faster[key] = False
+            is_faster = self._faster[key]
+        return tracing.run(steps, modules, image) if is_faster else None
 
     def streamed(self) -> set[nn.Module]:
-        """The layers that run in streams where these are taken; empty before the first run."""
+        """The layers that run in streams, for one size of images at least; empty before the first run."""
         from . import tracing
 
-        return tracing.streamed_layers(self._steps or [])
+        return tracing.streamed_layers(self._steps or []) if any(self._faster.values()) else set()
 
 
 def paths(model: nn.Module) -> dict[str, str]:
@@ -90,6 +96,20 @@ def paths(model: nn.Module) -> dict[str, str]:
     streamed = model._iks_streams.streamed() if isinstance(model, Streamed) else set()
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
     return {name: "stream" if module in streamed else "torch" for name, module in packed.items()}
+
+
+def _settings(model: nn.Module) -> tuple[Any, ...]:
+    """Equal as long as a graph of the model, which has its settings and small tensors in it, is still right."""
+    plain = tuple(
+        (id(module), tuple(item for item in module.__dict__.items() if _is_plain(item[1])))
+        for module in model.modules()
+    )
+    tensors = (*model.parameters(), *model.buffers())
+    return plain, tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _seconds(act: Callable[[], object]) -> float:

@@ -265,6 +265,24 @@ def test_weights_that_change_are_seen(model: nn.Module) -> None:
         assert_close(after, iks_plugin.unpack(model)(IMAGE))
 
 
+@pytest.mark.usefixtures("always")
+def test_settings_and_small_tensors_that_change_are_seen() -> None:
+    class Scaled(EveryOperation):
+        gain = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gain
+
+    model = iks_plugin.pack(prune(Scaled(act=3), 0.8))
+    with torch.no_grad():
+        before = model(IMAGE)
+        model.gain = 2.0
+        assert_close(model(IMAGE), 2 * before)
+        model.mean.zero_()
+        model.act.weight.fill_(0.9)
+        assert_close(model(IMAGE), iks_plugin.unpack(model)(IMAGE))
+
+
 def test_the_faster_way_is_taken(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([9.0, 3.0, 4.0, 2.0, 3.0])
     monkeypatch.setattr(fast, "_seconds", lambda act: (act(), next(times))[1])
