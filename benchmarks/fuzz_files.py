@@ -126,7 +126,8 @@ def described(content: bytes) -> State:
             values = _numbers(blobs[1], getattr(torch, entry["stored"]), entry["nonzeros"])
             if entry["stored"] == "int8":
                 scales = _numbers(blobs[2], torch.float32, shape[entry["axis"]])
-                values = values.float() * scales[torch.unravel_index(mask.nonzero().view(-1), shape)[entry["axis"]]]
+                channels = np.unravel_index(mask.nonzero().view(-1).numpy(), shape)[entry["axis"]]
+                values = values.float() * scales[torch.from_numpy(channels)]
             flat = torch.zeros(numel, dtype=dtype)
             flat[mask] = values.to(dtype)
         state[entry["name"]] = flat.view(shape)

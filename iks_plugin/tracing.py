@@ -37,9 +37,11 @@ class Tracer(torch.fx.Tracer):
 
 @dataclass
 class Step:
-    """A node of the graph that torch runs, or a stream that stands for several."""
+    """A node of the graph that torch runs or that has a value already, or a stream that stands for several."""
 
     node: torch.fx.Node | None = None
+    is_given: bool = False
+    value: Any = None
     stream: Stream | None = None
     inputs: list[torch.fx.Node] = field(default_factory=list)
     outputs: list[torch.fx.Node] = field(default_factory=list)
@@ -66,6 +68,7 @@ def trace(model: nn.Module) -> list[Step] | None:
 class _Splitter:
     def __init__(self, shell: nn.Module, originals: dict[str, nn.Module]) -> None:
         self._shell, self._modules = shell, originals
+        self._given: dict[torch.fx.Node, Any] = {}
         self._constants: dict[torch.fx.Node, Tensor] = {}
 
     def constant(self, argument: Any) -> Tensor | float | None:
@@ -79,7 +82,8 @@ class _Splitter:
         run: list[torch.fx.Node] = []
         worth = False
         for node in graph.nodes:
-            if self._note_constant(node):
+            if node.op == "get_attr" or self._is_converted_constant(node):
+                self._note_value(node)
                 continue
             if self._streams(node):
                 run.append(node)
@@ -90,7 +94,8 @@ class _Splitter:
             worth |= self._close(run, steps)
             run = []
             steps.append(Step(node))
-        return steps if worth else None
+        given = [Step(node, is_given=True, value=value) for node, value in self._given.items()]
+        return given + steps if worth else None
 
     def _close(self, run: list[torch.fx.Node], steps: list[Step]) -> bool:
         """Turn a run of nodes into a stream, or leave it to torch where nothing in it is packed."""
@@ -104,18 +109,22 @@ class _Splitter:
         steps.append(step)
         return True
 
-    def _note_constant(self, node: torch.fx.Node) -> bool:
+    def _is_converted_constant(self, node: torch.fx.Node) -> bool:
+        return node.op == "call_method" and node.target in ("type_as", "to") and node.args[0] in self._constants
+
+    def _note_value(self, node: torch.fx.Node) -> None:
+        """Note what a node stands for that does not depend on the input."""
         if node.op == "get_attr":
-            value: Any = self._shell
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _per_channel(value) is not None:
-                self._constants[node] = value
-                return True
-        if node.op == "call_method" and node.target in ("type_as", "to") and node.args[0] in self._constants:
-            self._constants[node] = self._constants[node.args[0]]  # type: ignore[index]
-            return True
-        return False
+            find = operator.attrgetter(str(node.target))
+            try:
+                value = find(self._modules[""])  # not the copy's: `self.mean = self.mean.to(x)` left a stand-in there
+            except AttributeError:
+                value = find(self._shell)  # a tensor that forward makes, which tracing has put there
+        else:
+            value = self._constants[node.args[0]].float()  # type: ignore[index]
+        self._given[node] = value
+        if isinstance(value, Tensor) and _per_channel(value) is not None:
+            self._constants[node] = value.detach()
 
     def _streams(self, node: torch.fx.Node) -> bool:
         if node.op == "call_module":
@@ -167,7 +176,7 @@ class _Splitter:
             builder.write(outputs)
         except _CannotStreamError:
             return None
-        return Step(None, Stream(builder.program), inputs, outputs)
+        return Step(stream=Stream(builder.program), inputs=inputs, outputs=outputs)
 
 
 class _CannotStreamError(Exception):
@@ -360,6 +369,9 @@ def run(steps: list[Step], shell_modules: dict[str, nn.Module], image: Tensor) -
         assert node is not None
         if node.op == "placeholder":
             known[node] = image
+            continue
+        if step.is_given:
+            known[node] = step.value
             continue
         arguments = torch.fx.node.map_arg(node.args, known.__getitem__)
         keywords = torch.fx.node.map_arg(node.kwargs, known.__getitem__)

@@ -150,8 +150,26 @@ class PartlyStreaming(nn.Module):
         return self.tail(torch.cat([self.reflected(y), small], dim=1))
 
 
-def test_what_cannot_stream_is_left_to_torch() -> None:
-    model = prune(PartlyStreaming(), 0.7)
+class OwnTensors(nn.Module):
+    """Parameters, buffers and new tensors, inside and outside of what streams; as MMagic's EDSR sets its mean anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.scale, self.map = nn.Parameter(torch.rand(8, 1, 1)), nn.Parameter(torch.rand(1, 8, 20, 33))
+        self.head, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.tail = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean.to(x)
+        y = self.body(self.head(x - self.mean) * self.scale)
+        y = torch.tanh(y * self.scale) + self.map + torch.tensor([0.5])
+        return self.tail(y + torch.tensor([0.25])) + self.mean
+
+
+@pytest.mark.parametrize("make", [PartlyStreaming, OwnTensors])
+def test_what_cannot_stream_is_left_to_torch(make: type[nn.Module]) -> None:
+    model = prune(make(), 0.7)
     image = torch.rand(2, 3, 20, 33)
     with torch.inference_mode():
         expected = model(image)
