@@ -155,7 +155,7 @@ class OwnTensors(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.mean = torch.rand(1, 3, 1, 1)
         self.scale, self.map = nn.Parameter(torch.rand(8, 1, 1)), nn.Parameter(torch.rand(1, 8, 20, 33))
         self.head, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
         self.tail = nn.Conv2d(8, 3, 3, padding=1)
