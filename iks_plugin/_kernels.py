@@ -26,7 +26,7 @@ from ._vectors import (
     tile_2,
     tile_4,
     tile_8,
-    tile_12,
+    tile_10,
     transpose,
 )
 
@@ -163,6 +163,7 @@ def _convolve_row(op, source, target, other, has_other, row, table):
     target_plane = (target[V_PIECES] + 2 * target[V_HALO]) * vector
     _fill_table(op, source, row, table)
     outputs, inputs = target[V_CHANNELS], source[V_CHANNELS] // groups
+    group_outputs = outputs // groups
     blocks = -(-inputs // block)
     pointers = carray(address_of(op[O_POINTERS], types.int32), outputs * blocks + 1)
     bias, slope = _floats(op[O_BIAS], outputs), _floats(op[O_SLOPE], outputs)
@@ -177,7 +178,8 @@ def _convolve_row(op, source, target, other, has_other, row, table):
     at = np.int64(0)
     while at < target[V_PIECES]:
         left = target[V_PIECES] - at
-        count = 12 if left >= 12 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        in_eights = left == 12 or left == 16 or left == 24
+        count = 10 if left >= 10 and not in_eights else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
         for number in range(blocks):
             is_first, is_last = number == 0, number == blocks - 1
             for output in range(outputs):
@@ -185,13 +187,13 @@ def _convolve_row(op, source, target, other, has_other, row, table):
                 end = np.int64(pointers[output * blocks + number + 1])
                 if begin == end and not is_first and not is_last:
                     continue
-                group = output // (outputs // groups)
+                group = output // group_outputs if groups > 1 else np.int64(0)
                 from_ = source[V_ADDRESS] + (group * inputs + number * block) * source_plane + at * vector
                 to = target_row + output * target_plane + at * vector
                 plus = other_row + output * other_plane + at * vector if has_other else np.int64(0)
                 start, bend = bias[output], slope[output]
-                if count == 12:
-                    tile_12(from_, taps, values, index, begin, end, is_first, is_last, to, plus, start, bend)
+                if count == 10:
+                    tile_10(from_, taps, values, index, begin, end, is_first, is_last, to, plus, start, bend)
                 elif count == 8:
                     tile_8(from_, taps, values, index, begin, end, is_first, is_last, to, plus, start, bend)
                 elif count == 4:

@@ -130,7 +130,7 @@ def _tile(count: int) -> Callable[..., Any]:
     return tile
 
 
-tile_12, tile_8, tile_4, tile_2, tile_1 = map(_tile, (12, 8, 4, 2, 1))
+tile_10, tile_8, tile_4, tile_2, tile_1 = map(_tile, (10, 8, 4, 2, 1))
 
 
 @intrinsic

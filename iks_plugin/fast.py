@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 import time
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IksWarning
-from .runtime import Packed
+from .runtime import Packed, PackedWeight
 from .swap import Swapped, original_class, swapped_class
 
 _STRIP = (64, 256)
-"""Height and width of the part of an image on which the two ways are compared."""
+"""Height and width of the part of an image on which the ways are compared."""
+_MOST_KEPT = 64 << 20
+"""Bytes of dense weights that may be kept where the dense layers are the fastest way."""
+_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -32,63 +36,119 @@ class Streamed(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         usual: Callable[..., Any] = super().forward
-        if len(args) == 1 and not kwargs and _is_plain_inference(self, args[0]):
-            result = self._iks_streams.run(self, usual, args[0])
-            if result is not None:
-                return result
+        if len(args) == 1 and not kwargs:
+            streams, image = self._iks_streams, args[0]
+            if streams.is_usual(image):
+                return _usual_result(usual, image)
+            if _is_plain_inference(self, image):
+                return streams.run(self, usual, image)
         return usual(*args, **kwargs)
 
 
 class Streams:
-    """The steps of one model, found when it first runs, and which way has been the faster one for which images.
+    """The ways in which one model can run, and which has been the fastest for images of which size.
 
+    "stream": row by row, along steps that are found when it first runs; "contiguous" and "channels_last": the usual way
+    with dense weights that are kept in that layout; "torch": the usual way, with dense weights made for each run.
     Copies and pickles of a model find their own.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._steps: Any = None
         self._settings: Any = None
-        self._faster: dict[tuple[int, ...], bool] = {}
+        self._ways: dict[tuple[int, ...], str] = {}
+        self._kept = "torch"
 
     def __reduce__(self) -> tuple[type[Streams], tuple[()]]:
         return Streams, ()
 
-    def run(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor) -> Tensor | None:
-        """The model's output of `image`; None where the usual way is faster or the only one."""
+    def is_usual(self, image: Any) -> bool:
+        """Whether such an image is known to go the usual way, with what is kept now."""
+        return isinstance(image, Tensor) and image.ndim == 4 and self._ways.get(_key(image)) == self._kept
+
+    def run(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor) -> Any:
+        """The model's output of `image`."""
+        key = _key(image)
+        way = self._ways.get(key)
+        if way is None:
+            with self._lock:
+                way = self._ways.get(key) or self._choose(model, usual, image, key)
+        return self._run(way, model, usual, image)
+
+    def _run(self, way: str, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor) -> Any:
+        kept = way if way in _LAYOUTS else "torch"
+        if kept != self._kept:
+            for weight in _packed_weights(model):
+                if kept == "torch":
+                    weight.drop()
+                else:
+                    weight.keep(_LAYOUTS[kept])
+            self._kept = kept
+        steps = self._found_steps(model) if way == "stream" else None
+        if steps is None:
+            return _usual_result(usual, image)
+        from . import tracing
+
+        return tracing.run(steps, dict(model.named_modules()), image)
+
+    def _found_steps(self, model: nn.Module) -> Any:
         from . import tracing
 
         settings = _settings(model)
         with self._lock:
             if settings != self._settings:
                 self._steps, self._settings = tracing.trace(model), settings
-                self._faster.clear()
-            steps = self._steps
-            if steps is None:
-                return None
-            modules = dict(model.named_modules())
-            height, width = (min(size, most) for size, most in zip(image.shape[2:], _STRIP, strict=True))
-            key = (torch.get_num_threads(), height, width)
-            if key not in self._faster:
-                strip = image[:1, :, :height, :width].contiguous()
-                try:
-                    _seconds(lambda: tracing.run(steps, modules, strip))  # compiles, makes plans and memory
-                    ours = _seconds(lambda: tracing.run(steps, modules, strip))
-                    theirs = _seconds(lambda: usual(strip))
-                    if theirs < 2 * ours:  # its first run is slower than others, and this is near
-                        theirs = min(theirs, _seconds(lambda: usual(strip)))
-                        ours = min(ours, _seconds(lambda: tracing.run(steps, modules, strip)))
-                    self._faster[key] = ours < theirs
-                except RuntimeError:  # a part of an image is no input for every network
-                    self._faster[key] = False
-            is_faster = self._faster[key]
-        return tracing.run(steps, modules, image) if is_faster else None
+                self._ways.clear()
+            return self._steps
+
+    def _choose(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor, key: tuple[int, ...]) -> str:
+        """Find the fastest way by trying them on a part of the image."""
+        strip = image[:1, :, : key[1], : key[2]].contiguous()
+        streams = ["stream"] if self._found_steps(model) is not None else []
+        fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
+        names = [*streams, *(_LAYOUTS if fits else ["torch"])]
+        ways: dict[str, Callable[[], object]] = {
+            name: functools.partial(self._run, name, model, usual, strip) for name in names
+        }
+        try:
+            self._ways[key] = _fastest(ways)
+        except RuntimeError:  # a part of an image is no input for every network
+            self._ways[key] = "torch"
+        return self._ways[key]
 
     def streamed(self) -> set[nn.Module]:
         """The layers that run in streams, for one size of images at least; empty before the first run."""
         from . import tracing
 
-        return tracing.streamed_layers(self._steps or []) if any(self._faster.values()) else set()
+        return tracing.streamed_layers(self._steps or []) if "stream" in self._ways.values() else set()
+
+
+def _key(image: Tensor) -> tuple[int, ...]:
+    return torch.get_num_threads(), min(image.shape[2], _STRIP[0]), min(image.shape[3], _STRIP[1])
+
+
+def _usual_result(usual: Callable[[Tensor], Any], image: Tensor) -> Any:
+    """What the usual way gives, in the layout of `image` whatever that of the kept weights is."""
+    result = usual(image)
+    is_plain = isinstance(result, Tensor) and result.ndim == 4 and image.is_contiguous()
+    return result.contiguous() if is_plain else result
+
+
+def _fastest(ways: dict[str, Callable[[], object]]) -> str:
+    """The name of the way that takes the least time."""
+    times: dict[str, float] = {}
+    for name, act in ways.items():
+        act()  # compiles, makes plans and memory
+        times[name] = _seconds(act)
+        for _ in range(4):
+            if times[name] < 1.5 * min(times.values()) and times[name] < 0.5:
+                times[name] = min(times[name], _seconds(act))
+    return min(times, key=times.__getitem__)
+
+
+def _packed_weights(model: nn.Module) -> list[PackedWeight]:
+    return [module for module in model.modules() if isinstance(module, PackedWeight)]
 
 
 def paths(model: nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ convolution's row a block is a number of whole input channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,19 @@ _LARGE, _PART = 1 << 18, 1 << 17
 """A convolution with more weights computes some output channels at a time, so that its dense weight is never whole."""
 _PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 UNPACK = "call iks_plugin.unpack(model) first"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A dense weight beside the packed one that it was made of, which had this stamp then."""
+
+    dense: Tensor
+    memory_format: torch.memory_format
+    stamp: tuple[int, int]
+
+
+def _stamp(values: Tensor) -> tuple[int, int]:
+    return values.data_ptr(), 0 if values.is_inference() else values._version
 
 
 class PackedWeight(nn.Module):
@@ -62,6 +76,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.shape, self.dtype, self.axis, self.order = torch.Size(shape), dtype, axis, order
         self.block = _block_size(self.shape)
+        self._kept: Kept | None = None
         index, counts = _narrow_index(sparse.mask.view(_rows(self.shape), _row_length(self.shape)), self.block)
         tensors = {"values": sparse.values, "index": index, "counts": counts, "scales": sparse.scales}
         for name, tensor in tensors.items():
@@ -82,6 +97,32 @@ class PackedWeight(nn.Module):
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.values.device)
         self._fill(dense, 0, 0)
         return entries.in_order(dense, self.order)
+
+    def ready(self) -> Tensor:
+        """The dense weight: the kept one, where there is one that is still right, or made anew."""
+        kept = self._kept
+        return kept.dense if kept is not None and kept.stamp == _stamp(self.values) else self()
+
+    @property
+    def is_kept(self) -> bool:
+        return self._kept is not None
+
+    def keep(self, memory_format: torch.memory_format) -> None:
+        """Hold the dense weight in memory, in this order, until `drop`; nothing else changes."""
+        stamp = _stamp(self.values)
+        kept = self._kept
+        if kept is None or kept.stamp != stamp or kept.memory_format != memory_format:
+            dense = self()
+            if dense.ndim == 4:  # other weights have one layout only
+                dense = dense.contiguous(memory_format=memory_format)
+            self._kept = Kept(dense, memory_format, stamp)
+
+    def drop(self) -> None:
+        """Undo `keep`."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @torch.no_grad()
     def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -146,6 +187,7 @@ class PackedWeight(nn.Module):
         return index, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        self.drop()
         before = self.dtype
         self.dtype = fn(torch.empty(0, dtype=before, device=self.values.device)).dtype
         for name, buffer in self._buffers.items():
@@ -219,8 +261,7 @@ class Packed(Swapped):
 
     def _get_weight(self) -> Tensor:
         self._check_mode()
-        weight: Tensor = self.packed_weight()
-        return weight
+        return self.packed_weight.ready()
 
     def _check_mode(self) -> None:
         if self.training and torch.is_grad_enabled():
@@ -235,8 +276,9 @@ class Packed(Swapped):
     weight = property(_get_weight, _set_weight, doc="The dense weight, made of the packed one.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plain = original_class(self).forward in _PLAIN_FORWARDS
-        if plain and getattr(self, "groups", None) == 1 and self.packed_weight.shape.numel() > _LARGE:
+        weight = self.packed_weight
+        is_large = weight.shape.numel() > _LARGE and not weight.is_kept and getattr(self, "groups", None) == 1
+        if is_large and original_class(self).forward in _PLAIN_FORWARDS:
             return self._forward_in_parts(*args, **kwargs)
         return super().forward(*args, **kwargs)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .runtime import Packed, PackedWeight
 
-_DENSE_FROM = 0.45
+_DENSE_FROM = 0.36
 """Share of non-zeros from which a convolution by all weights is faster than by the non-zeros alone."""
 _FEWEST_ROWS = 8
 """A band is at least so high; a smaller image has fewer bands than there are threads."""

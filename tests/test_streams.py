@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import iks_plugin
 import toys
 from iks_plugin import fast, tracing
-from iks_plugin.runtime import Packed
+from iks_plugin.runtime import Packed, PackedWeight
 
 pytest.importorskip("numba")
 
@@ -301,15 +301,48 @@ def test_settings_and_small_tensors_that_change_are_seen() -> None:
         assert_close(model(IMAGE), iks_plugin.unpack(model)(IMAGE))
 
 
-def test_the_faster_way_is_taken(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([9.0, 3.0, 4.0, 2.0, 3.0])
-    monkeypatch.setattr(fast, "_seconds", lambda act: (act(), next(times))[1])
-    ran = []
-    monkeypatch.setattr(tracing, "run", lambda *arguments: ran.append(arguments[2].shape) or IMAGE)
+@pytest.mark.parametrize("way", ["stream", "contiguous", "channels_last", "torch"])
+def test_the_fastest_way_is_taken(model: nn.Module, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = iks_plugin.unpack(copy.deepcopy(model))
+    tried: list[str] = []
+    if way == "torch":
+        monkeypatch.setattr(fast, "_MOST_KEPT", 0)
+
+    def seconds(act: Callable[[], object]) -> float:
+        act()
+        tried.append(act.args[0])
+        return 1.0 if act.args[0] == way else 2.0
+
+    monkeypatch.setattr(fast, "_seconds", seconds)
     with torch.no_grad():
         result = model(IMAGE)
-    assert result.shape == (1, 3, 48, 60)
-    assert len(ran) == 3
+        assert_close(result, plain(IMAGE))
+        assert result.is_contiguous()
+        seen = set(tried)
+        assert seen == ({"stream", "torch"} if way == "torch" else {"stream", "contiguous", "channels_last"})
+        tried.clear()
+        assert_close(model(IMAGE + 1), plain(IMAGE + 1))
+        assert not tried  # it is known by then
+    assert set(fast.paths(model).values()) == {"stream" if way == "stream" else "torch"}
+    kept = [module._kept for module in model.modules() if isinstance(module, PackedWeight)]
+    layouts = {weight.memory_format for weight in kept if weight is not None}
+    assert layouts == ({fast._LAYOUTS[way]} if way in fast._LAYOUTS else set())
+
+
+def test_kept_weights_stay_right(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_fastest", lambda ways: "channels_last")
+    size = len(pickle.dumps(model))
+    with torch.no_grad():
+        before = model(IMAGE)
+        assert len(pickle.dumps(model)) == size  # they are not part of the model
+        assert_close(copy.deepcopy(model)(IMAGE), before)
+        model.a.packed_weight.values.mul_(2)
+        after = model(IMAGE)
+        assert not torch.allclose(before, after)
+        assert_close(after, iks_plugin.unpack(copy.deepcopy(model))(IMAGE))
+        model.double()
+        model.float()
+        assert_close(model(IMAGE), after)
 
 
 def test_without_numba_the_plain_way_says_once_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
