@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import laws
+from . import laws, surgeon
 from .budget import RESOLVE_STEPS, refuse_idle, sparsity_for
+from .curvature import CurvatureWatcher
 from .errors import IksError, IksWarning
 from .layers import Gated, Goal
 from .measure import all_shifts, count_raw_zeros, count_weights, count_zeros, unique
@@ -50,9 +51,13 @@ class SparsityController:
         )
         self._steps = 0
         self._start: float | None = None
-        self._watcher = OptimizerWatcher(self._watched, self._on_optimizer_step)
+        self._curvature = CurvatureWatcher(self._gated_left)
+        self._before: dict[str, tuple[Tensor, float]] = {}
+        self._factors: dict[str, float] | None = None
+        self._watcher = OptimizerWatcher(self._watched, self._on_optimizer_begin, self._on_optimizer_step)
         self._watched_a_step = False
         self._watcher.start()
+        self._measure_if_due()
         for layer in layers.values():
             _controllers[layer] = self
             weakref.finalize(layer, self._stop_if_alone)
@@ -135,12 +140,39 @@ class SparsityController:
             )
         self._count_step()
 
+    def _on_optimizer_begin(self) -> None:
+        """Remember the weights whose step is to become longer."""
+        self._before.clear()
+        if isinstance(self._law, laws.SurgeonLaw):
+            layers = self._gated_left()
+            if self._factors is None:
+                self._factors = {name: laws.update_factor(1 - _share_of_zeros(layer)) for name, layer in layers.items()}
+            for name, layer in layers.items():
+                if self._factors[name] != 1:
+                    self._before[name] = (layer.raw_weight.detach().clone(), self._factors[name])
+
+    @torch.no_grad()
     def _on_optimizer_step(self) -> None:
+        for name, layer in self._gated_left().items():
+            if name in self._before:
+                before, factor = self._before.pop(name)
+                layer.raw_weight.lerp_(before, 1 - factor)  # before + factor * (after - before)
         self._watched_a_step = True
         self._count_step()
 
     def _count_step(self) -> None:
         self._steps += 1
+        self._act_if_due()
+        self._measure_if_due()
+
+    def _measure_if_due(self) -> None:
+        if isinstance(self._law, laws.SurgeonLaw):
+            if self._law.measures_at(self._steps):
+                self._curvature.start()
+            else:
+                self._curvature.stop()
+
+    def _act_if_due(self) -> None:
         if not self._law.acts_at(self._steps):
             return
         if self._goal.budget is not None and self._steps % RESOLVE_STEPS < self._law.interval:
@@ -157,11 +189,13 @@ class SparsityController:
     def detach(self) -> None:
         """Stop acting by itself; thresholds stay as they are, and `step()` still works by hand."""
         self._watcher.stop()
+        self._curvature.stop()
         self._watched_a_step = False
 
     def _stop_if_alone(self) -> None:
         if not self._layers_left():
             self._watcher.stop()
+            self._curvature.stop()
 
     def param_groups(self, **options: Any) -> list[dict[str, Any]]:
         """Two optimizer groups: every other parameter of the model, and the thresholds without weight decay.
@@ -188,7 +222,7 @@ class SparsityController:
         writer.add_scalar("iks/sparsity", self.sparsity, step)
         writer.add_scalar("iks/target_sparsity", self.target_sparsity, step)
         for name, layer in self._layers_alive().items():
-            writer.add_scalar(f"iks_layers/{name or 'model'}", count_zeros([layer]) / count_weights([layer]), step)
+            writer.add_scalar(f"iks_layers/{name or 'model'}", _share_of_zeros(layer), step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the model's and the optimizer's state: plain numbers and strings."""
@@ -238,6 +272,8 @@ class SparsityController:
         self._law = law
         self._steps = state["steps"]
         self._start = state["start_sparsity"]
+        self._factors = None
+        self._measure_if_due()
 
     def _expected_numbers(self) -> dict[str, Callable[[Any], bool]]:
         has_ramp = isinstance(self._law, laws.ExactLaw)
@@ -257,6 +293,12 @@ class SparsityController:
 
     def _shift_to(self, sparsity: float) -> None:
         layers = self._gated()
+        if isinstance(self._law, laws.SurgeonLaw):
+            all_shifts(layers)  # raises where something is not finite
+            zeros = max(laws.count_for(sparsity, count_weights(layers.values())), count_raw_zeros(layers.values()))
+            surgeon.prune(layers, self._curvature.found(), zeros)
+            self._factors = None
+            return
         shifts = all_shifts(layers)
         # Raw zeros stay zero at any threshold: aiming below them would only drive the thresholds to nowhere.
         wanted = max(laws.count_for(sparsity, shifts.numel()), count_raw_zeros(layers.values()))
@@ -268,6 +310,9 @@ class SparsityController:
     def _change_thresholds(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self._gated().values():
             change(layer.threshold)
+
+    def _gated_left(self) -> dict[str, Gated]:
+        return {name: layer for name, layer in self._layers_left().items() if isinstance(layer, Gated)}
 
     def _layers_left(self) -> dict[str, nn.Module]:
         layers: dict[str, nn.Module] = {}
@@ -294,6 +339,10 @@ class SparsityController:
             layer = reference()
             if isinstance(layer, Gated):
                 yield name, layer.raw_weight, layer.threshold
+
+
+def _share_of_zeros(layer: nn.Module) -> float:
+    return count_zeros([layer]) / count_weights([layer])
 
 
 def controllers_of(layers: Iterable[nn.Module]) -> set[SparsityController]:

@@ -1,5 +1,7 @@
 """The laws that drive thresholds to a sparsity: formulas over numbers and tensors, without any state.
 
+The law "obs" (`surgeon.py`) decides for each weight by what its loss costs; the other two by its magnitude.
+
 A weight w with threshold t is zero iff |w| <= sigmoid(t). The law "paper" multiplies all thresholds by a ratio, as
 published. The law "exact" adds one shift d to them: w is then zero iff d >= logit(|w|) - t, its critical shift, so the
 shift that gives any wanted number of zeros is an order statistic of the critical shifts. Where all thresholds are
@@ -21,6 +23,14 @@ RAMP_STEPS = 1000
 """Length of that ramp where the length of the training is not given either."""
 EXACT_INTERVAL = 10
 """Steps between two actions of the exact law: at most 1 % of a training step is spent on them."""
+SURGEON_ACTIONS = 25
+"""Actions of the law "obs" within its ramp."""
+MEASURED_STEPS = 3
+"""Training steps before each of them in which the curvature is measured."""
+UPDATE_POWER = 1.0
+"""The law "obs" makes a layer's steps longer by its density to the power of -UPDATE_POWER, ..."""
+LONGEST_UPDATE = 20.0
+"""... but by this factor at most."""
 PAPER_EPOCHS = 10
 """D of the paper: epochs between two actions, and at the end of the training without any."""
 PAPER_RATE = 0.005
@@ -56,6 +66,16 @@ class ExactLaw:
 
 
 @dataclass(frozen=True)
+class SurgeonLaw(ExactLaw):
+    """The ramp of the exact law; which weights go, and what becomes of the others, follows from the curvature."""
+
+    def measures_at(self, step: int) -> bool:
+        """Whether the curvature is to be measured in the step after `step`: shortly before each action of the ramp."""
+        ahead = range(step + 1, step + 1 + MEASURED_STEPS)
+        return any(self.acts_at(later) and later <= self.ramp_steps for later in ahead)
+
+
+@dataclass(frozen=True)
 class PaperLaw:
     """The published law: every D epochs (`interval` steps) multiply the thresholds, but not in the last D epochs."""
 
@@ -74,7 +94,7 @@ class PaperLaw:
         return 1.0 if 0 <= excess <= PAPER_BAND else 1 + PAPER_RATE * excess
 
 
-LAWS = ("exact", "paper")
+LAWS = ("exact", "obs", "paper")
 
 
 def make_law(
@@ -88,7 +108,14 @@ def make_law(
         return PaperLaw(interval, total_steps)
     if ramp_steps is None:
         ramp_steps = RAMP_STEPS if total_steps is None else max(1, round(RAMP_SHARE * total_steps))
+    if name == "obs":
+        return SurgeonLaw(ramp_steps, interval or max(1, ramp_steps // SURGEON_ACTIONS), total_steps)
     return ExactLaw(ramp_steps, interval or EXACT_INTERVAL, total_steps)
+
+
+def update_factor(density: float) -> float:
+    """By how much the law "obs" makes the steps of a layer longer of whose weights so many are left, in (0, 1]."""
+    return float(min(LONGEST_UPDATE, max(density, 1e-9) ** -UPDATE_POWER))
 
 
 def critical_shifts(weight: Tensor, threshold: Tensor) -> Tensor:

@@ -31,13 +31,18 @@ class OptimizerWatcher:
 
     Args:
         pairs: returns (name, weight, threshold) of every watched layer.
-        on_step: called without arguments after a step that counts.
+        on_begin: called without arguments before a step that counts.
+        on_step: called without arguments after it.
     """
 
     def __init__(
-        self, pairs: Callable[[], Iterable[tuple[str, Parameter, Parameter]]], on_step: Callable[[], None]
+        self,
+        pairs: Callable[[], Iterable[tuple[str, Parameter, Parameter]]],
+        on_begin: Callable[[], None],
+        on_step: Callable[[], None],
     ) -> None:
         self._pairs = pairs
+        self._on_begin = on_begin
         self._on_step = on_step
         self._seen: weakref.WeakKeyDictionary[Optimizer, tuple[object, bool, bool]] = weakref.WeakKeyDictionary()
         self._unprotected: weakref.WeakKeyDictionary[Optimizer, list[list[Parameter]]] = weakref.WeakKeyDictionary()
@@ -59,7 +64,9 @@ class OptimizerWatcher:
     def before_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
         counts, decays = self._inspect(optimizer)
-        self._step_begun = self._step_begun or counts
+        if counts and not self._step_begun:
+            self._step_begun = True
+            self._on_begin()
         if counts and not self._looked_for_idle_layers:
             self._warn_of_idle_layers(optimizer)
         if decays:

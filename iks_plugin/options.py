@@ -62,14 +62,21 @@ class Options:
         _check_choice("law", law, tuple(LAWS))
         if law == "paper":
             if ramp_steps is not None:
-                raise OptionError("ramp_steps belongs to law='exact'; the law 'paper' has no ramp: leave it out")
+                raise OptionError(
+                    "law='paper' has no ramp, and ramp_steps belongs to law='exact' and 'obs': leave it out"
+                )
             if epoch_steps is None and interval is None:
                 raise OptionError(
                     "law='paper' acts every 10 epochs and must know their length: "
                     "give epoch_steps, the optimizer steps of one epoch (or interval, the steps between two actions)"
                 )
         elif epoch_steps is not None:
-            raise OptionError("epoch_steps belongs to law='paper'; the law 'exact' counts steps alone: leave it out")
+            raise OptionError(f"epoch_steps belongs to law='paper'; the law {law!r} counts steps alone: leave it out")
+        if law == "obs" and granularity != "weight":
+            raise OptionError(
+                f"law='obs' decides for each weight by itself, and granularity={granularity!r} shares thresholds: "
+                "leave one of them out"
+            )
         counts = {
             name: _check_count(name, value)
             for name, value in (

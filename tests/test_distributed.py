@@ -42,8 +42,9 @@ def worker(rank: int, folder: str, port: int, options: dict[str, object]) -> Non
         {"ramp_steps": 20},
         {"law": "paper", "epoch_steps": 1, "total_steps": STEPS},
         {"ramp_steps": 20, "granularity": "filter"},
+        {"ramp_steps": 20, "law": "obs"},
     ],
-    ids=["exact", "paper", "filter"],
+    ids=["exact", "paper", "filter", "obs"],
 )
 def test_two_processes_end_identical(options, tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path), free_port(), options), nprocs=2)

@@ -46,9 +46,9 @@ WRONG = {
     ),
     "law": (
         dict(target_sparsity=0.8, law="exakt"),
-        "law must be one of 'exact', 'paper', got 'exakt': did you mean 'exact'",
+        "law must be one of 'exact', 'obs', 'paper', got 'exakt': did you mean 'exact'",
     ),
-    "law type": (dict(target_sparsity=0.8, law=3), "law must be one of 'exact', 'paper', got 3"),
+    "law type": (dict(target_sparsity=0.8, law=3), "law must be one of 'exact', 'obs', 'paper', got 3"),
     "unknown": (dict(target_sparsity=0.8, granularty="kernel"), "no option 'granularty': did you mean 'granularity'"),
     "unknown, no hint": (dict(target_sparsity=0.8, zzz=1), "no option 'zzz': expected one of 'epoch_steps', "),
     "steps": (dict(target_sparsity=0.8, total_steps=0), "total_steps must be a number of optimizer steps.*got 0"),
@@ -61,9 +61,13 @@ WRONG = {
         r"ramp_steps must be at most total_steps \(5\), got 6",
     ),
     "epochs for exact": (dict(target_sparsity=0.8, epoch_steps=10), "epoch_steps belongs to law='paper'"),
+    "obs with shared thresholds": (
+        dict(target_sparsity=0.8, law="obs", granularity="kernel"),
+        "law='obs' decides for each weight by itself, and granularity='kernel' shares thresholds: leave one",
+    ),
     "ramp for paper": (
         dict(target_sparsity=0.8, law="paper", epoch_steps=1, ramp_steps=1),
-        "ramp_steps belongs to law='exact'",
+        "law='paper' has no ramp, and ramp_steps belongs to law='exact' and 'obs'",
     ),
     "no epochs": (dict(target_sparsity=0.8, law="paper"), "law='paper' acts every 10 epochs.*give epoch_steps"),
     "short paper": (

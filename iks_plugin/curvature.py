@@ -1,0 +1,164 @@
+"""How the loss bends over a layer's weights, seen from outside during a few training steps.
+
+For weights W of a layer y = W u the second derivative of the loss is close to the Kronecker product of E[u u^T] and
+E[g g^T], where u are the inputs of one output pixel (a patch of the image) and g is the gradient at y; for convolutions
+times the number of pixels (Martens & Grosse 2015, Grosse & Martens 2016, "K-FAC"). Both are measured while the model
+trains: the first as a matrix, the second as its diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import Gated
+
+_POSITIONS = 2048
+"""Output pixels of a batch that are looked at in one step."""
+_LARGEST = 1152
+"""Rows of the largest matrix: wider layers are taken as parts of so many inputs, each by itself."""
+_MEMORY = 0.5
+"""Share of what was measured before in a new mean."""
+
+
+@dataclass
+class Curvature:
+    """Running means for one layer.
+
+    Attributes:
+        inputs: E[u u^T], (groups, parts, n, n) float32. Where there is one part, the last row and column belong to the
+            bias, if the layer has one.
+        gradients: pixels * E[g^2], (outputs,) float32.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+class CurvatureWatcher:
+    """Measures the curvature of layers while it is switched on, through hooks that nothing keeps or copies.
+
+    Args:
+        layers: returns the layers by name.
+    """
+
+    def __init__(self, layers: Callable[[], Mapping[str, nn.Module]]) -> None:
+        self._layers = layers
+        self._handle: Any = None
+        self._names: dict[int, str] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        if self._handle is None:
+            self._inputs.clear()
+            self._gradients.clear()
+            self._names = {id(layer): name for name, layer in self._layers().items()}
+            self._handle = nn.modules.module.register_module_forward_hook(self._on_forward)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def found(self) -> dict[str, Curvature]:
+        """What has been measured of each layer that took part; in a distributed training the mean over all of it."""
+        names = [name for name in self._inputs if name in self._gradients]
+        found = {name: Curvature(self._inputs[name], self._gradients[name]) for name in names}
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return found
+        shared: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shared, sorted(found))
+        everywhere = set(shared[0]).intersection(*shared[1:])
+        for name in sorted(everywhere):
+            for tensor in (found[name].inputs, found[name].gradients):
+                dist.all_reduce(tensor)
+                tensor /= dist.get_world_size()
+        return {name: found[name] for name in sorted(everywhere)}
+
+    def _on_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None or not isinstance(output, Tensor) or not output.requires_grad or not module.training:
+            return
+        if not arguments or not isinstance(arguments[0], Tensor) or not output.numel():
+            return
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            patches = patches_of(module, arguments[0].detach().float(), output)
+            if patches is None:
+                return
+            _add(self._inputs, name, patches.transpose(-1, -2) @ patches / patches.shape[-2])
+        channel = channel_dimension(module)
+
+        def on_gradient(gradient: Tensor) -> None:
+            with torch.no_grad():
+                per_channel = gradient.detach().float().square().movedim(channel, -1).flatten(0, -2).mean(0)
+                _add(self._gradients, name, per_channel * _pixels(module, output))
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+
+def _add(means: dict[str, Tensor], name: str, new: Tensor) -> None:
+    known = means.get(name)
+    means[name] = new if known is None or known.device != new.device else known * _MEMORY + new * (1 - _MEMORY)
+
+
+def channel_dimension(layer: nn.Module) -> int:
+    """The dimension of the layer's output that counts its channels, from the end."""
+    return {nn.Linear: -1, nn.Conv1d: -2}.get(_kind(layer), -3)
+
+
+def _kind(layer: nn.Module) -> type[nn.Module]:
+    return next((kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, kind)), nn.Module)
+
+
+def _pixels(layer: nn.Module, output: Tensor) -> float:
+    """Output pixels of one image; 1 for a linear layer, whose inputs are pixels or tokens of any arrangement."""
+    kind = _kind(layer)
+    return 1.0 if kind is nn.Linear else float(math.prod(output.shape[channel_dimension(layer) + 1 :]))
+
+
+def parts_of(layer: nn.Module) -> int:
+    """Into how many parts the inputs of each of the layer's groups are cut: the fewest that are small enough."""
+    inputs, taps = _inputs_and_taps(layer)
+    return next(p for p in range(1, inputs + 1) if inputs % p == 0 and (inputs // p * taps <= _LARGEST or p == inputs))
+
+
+def _inputs_and_taps(layer: nn.Module) -> tuple[int, int]:
+    shape = layer.raw_weight.shape if isinstance(layer, Gated) else layer._parameters["weight"].shape  # type: ignore[union-attr]
+    return shape[1], math.prod(shape[2:])
+
+
+def patches_of(layer: nn.Module, image: Tensor, output: Tensor) -> Tensor | None:
+    """What output pixels are made of: (groups, parts, pixels, n), with a 1 for the bias; None for other layers."""
+    kind = _kind(layer)
+    groups = getattr(layer, "groups", 1)
+    inputs, taps = _inputs_and_taps(layer)
+    if kind is nn.Linear:
+        rows = image.reshape(-1, image.shape[-1])
+        found = rows[:: max(1, len(rows) // _POSITIONS)]
+    elif kind is nn.Module:
+        return None
+    else:
+        if image.ndim == len(layer.kernel_size) + 1:  # type: ignore[arg-type]
+            image = image.unsqueeze(0)  # one without a batch
+        mode = layer.padding_mode if layer.padding_mode != "zeros" else "constant"
+        image = F.pad(image, layer._reversed_padding_repeated_twice, mode=str(mode))  # type: ignore[arg-type]
+        geometry: list[tuple[int, ...]] = [layer.kernel_size, layer.stride, layer.dilation]  # type: ignore[list-item]
+        if kind is nn.Conv1d:
+            image, geometry = image.unsqueeze(2), [(1, *numbers) for numbers in geometry]
+        kernel, stride, dilation = geometry
+        every = max(1, math.isqrt(len(image) * math.prod(output.shape[channel_dimension(layer) + 1 :]) // _POSITIONS))
+        steps = tuple(every * one for one in stride)
+        found = F.unfold(image, kernel, dilation, 0, steps).transpose(1, 2).flatten(0, 1)
+    parts = parts_of(layer)
+    found = found.view(len(found), groups, parts, inputs // parts * taps).permute(1, 2, 0, 3)
+    if parts == 1 and getattr(layer, "bias", None) is not None:
+        found = torch.cat([found, found.new_ones(*found.shape[:-1], 1)], dim=-1)
+    return found
