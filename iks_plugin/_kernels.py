@@ -11,9 +11,13 @@ row r lies in slot (r + above) % rows. Rows above and below the image are zero.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+
 import numpy as np
 from numba import carray, njit, types  # type: ignore[attr-defined]
 
+from . import _vectors
 from ._vectors import (
     LANES,
     OUTPUTS,
@@ -50,6 +54,18 @@ OP_FIELDS = (
 READ, CONVOLVE, DENSE, COMBINE, SHUFFLE, COPY, WRITE, KEEP = range(8)
 """Kinds of operations: take rows of an image in; convolve, activate and add, by the non-zeros or by all weights; the
 same without a convolution; pixel shuffle; copy channels; give rows of an image out; keep rows for a later program."""
+
+
+def _compiled(**options):
+    """Compile a function that Python calls, and keep the result on the disk if there is a place to write to."""
+
+    def compiled(function):
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:
+            return njit(**options)(function)
+
+    return compiled
 
 
 @njit(inline="always")
@@ -238,6 +254,14 @@ def _convolve_row_densely(op, source, target, other, has_other, row, table):
     _finish_row(op, target, other, has_other, row)
 
 
+@njit(inline="always")
+def _bent(number, slope):
+    """The activation: `number` where it is positive or nan. Minus infinity times 0 would be nan."""
+    if number >= 0 or number != number:
+        return number
+    return number * slope if slope != 0 else np.float32(0)
+
+
 @njit
 def _finish_row(op, target, other, has_other, row):
     """Activate a row in place and add another value's to it."""
@@ -248,7 +272,7 @@ def _finish_row(op, target, other, has_other, row):
         numbers = _floats(_channel(target, row, channel), size)
         if slope != 1.0:
             for at in range(size):
-                numbers[at] = numbers[at] if numbers[at] >= 0 else numbers[at] * slope
+                numbers[at] = _bent(numbers[at], slope)
         if has_other:
             more = _floats(_channel(other, row, channel), size)
             for at in range(size):
@@ -268,12 +292,10 @@ def _combine_row(op, source, target, other, has_other, row):
         if has_other:
             more = _floats(_channel(other, row, channel), size)
             for at in range(size):
-                total = numbers[at] * factor + summand + more[at]
-                result[at] = total if total >= 0 else total * slope
+                result[at] = _bent(numbers[at] * factor + summand + more[at], slope)
         else:
             for at in range(size):
-                total = numbers[at] * factor + summand
-                result[at] = total if total >= 0 else total * slope
+                result[at] = _bent(numbers[at] * factor + summand, slope)
 
 
 @njit
@@ -329,7 +351,7 @@ def _needs(values, ops, step, need):
             need[op[O_OTHER]] = max(need[op[O_OTHER]], upto)
 
 
-@njit(cache=True)
+@_compiled()
 def first_rows(values, ops, begin, top):
     """For each value the first row that a band of the image from row `begin` on makes, where none lies above `top`."""
     first = np.full(len(values), 1 << 60, dtype=np.int64)
@@ -362,7 +384,7 @@ def _start(values, ops, begin):
     return 2 * start - begin
 
 
-@njit(cache=True)
+@_compiled()
 def ring_rows(values, ops, begin, end):
     """For each value how many rows must be kept while the rows from `begin` to `end` of the image are gone through."""
     first = first_rows(values, ops, begin, 0)
@@ -394,63 +416,73 @@ def ring_rows(values, ops, begin, end):
     return rows
 
 
-@njit(nogil=True, cache=True)
-def run_band(values, ops, begin, end, strides):
-    """Go through the rows of an image from `begin` to `end`, and with each as far into the network as it leads.
+def _band_runner(vectors):
+    """Makes `run_band`. What is compiled lies on the disk for as long as this file stays as it is, and the variables of
+    the function's closure: `vectors` stands for the other file that goes into it."""
 
-    Args:
-        values: int64 (values, VALUE_FIELDS).
-        ops: int64 (operations, OP_FIELDS), each after those that make what it reads.
-        strides: int64 (operations, 2), in floats: from channel to channel and from row to row of the images that are
-            read and written.
-    """
-    first = first_rows(values, ops, begin, 0)
-    need = np.empty(len(values), dtype=np.int64)
-    made = np.empty(len(ops), dtype=np.int64)
-    for number in range(len(ops)):
-        made[number] = 0 if ops[number][O_KIND] >= WRITE else first[ops[number][O_TARGET]]
-    table = np.empty(256, dtype=np.int64)
-    widest = np.int64(0)
-    for value in values:
-        widest = max(widest, value[V_PIECES])
-    line = np.zeros(widest * LANES, dtype=np.float32)
-    for step in range(_start(values, ops, begin), end):
-        _needs(values, ops, step, need)
+    @_compiled(nogil=True)
+    def run_band(values, ops, begin, end, strides):
+        """Go through the rows of an image from `begin` to `end`, and with each as far into the network as it leads.
+
+        Args:
+            values: int64 (values, VALUE_FIELDS).
+            ops: int64 (operations, OP_FIELDS), each after those that make what it reads.
+            strides: int64 (operations, 2), in floats: from channel to channel and from row to row of the images that
+                are read and written.
+        """
+        vectors  # noqa: B018
+        first = first_rows(values, ops, begin, 0)
+        need = np.empty(len(values), dtype=np.int64)
+        made = np.empty(len(ops), dtype=np.int64)
         for number in range(len(ops)):
-            op = ops[number]
-            kind = op[O_KIND]
-            source = values[max(0, op[O_SOURCE])]
-            if kind >= WRITE:
-                if step < begin:
+            made[number] = 0 if ops[number][O_KIND] >= WRITE else first[ops[number][O_TARGET]]
+        table = np.empty(256, dtype=np.int64)
+        widest = np.int64(0)
+        for value in values:
+            widest = max(widest, value[V_PIECES])
+        line = np.zeros(widest * LANES, dtype=np.float32)
+        for step in range(_start(values, ops, begin), end):
+            _needs(values, ops, step, need)
+            for number in range(len(ops)):
+                op = ops[number]
+                kind = op[O_KIND]
+                source = values[max(0, op[O_SOURCE])]
+                if kind >= WRITE:
+                    if step < begin:
+                        continue
+                    factor = source[V_FACTOR]
+                    for row in range(step * factor, (step + 1) * factor):
+                        if kind == WRITE:
+                            _write_row(op, source, row, strides[number], line)
+                        else:
+                            _copy_row(op, source, values[op[O_TARGET]], row)
+                            _close_row(values[op[O_TARGET]], row, 0, source[V_CHANNELS])
                     continue
-                factor = source[V_FACTOR]
-                for row in range(step * factor, (step + 1) * factor):
-                    if kind == WRITE:
-                        _write_row(op, source, row, strides[number], line)
+                target = values[op[O_TARGET]]
+                has_other = op[O_OTHER] >= 0
+                other = values[max(0, op[O_OTHER])]
+                for row in range(made[number], need[op[O_TARGET]]):
+                    if row < 0 or row >= target[V_HEIGHT]:
+                        _zero_row(target, row)
+                        continue
+                    begin_channel, end_channel = np.int64(0), target[V_CHANNELS]
+                    if kind == CONVOLVE:
+                        _convolve_row(op, source, target, other, has_other, row, table)
+                    elif kind == DENSE:
+                        _convolve_row_densely(op, source, target, other, has_other, row, table)
+                    elif kind == READ:
+                        _read_row(op, target, row, strides[number], line)
+                    elif kind == COMBINE:
+                        _combine_row(op, source, target, other, has_other, row)
+                    elif kind == SHUFFLE:
+                        _shuffle_row(op, source, target, row)
                     else:
-                        _copy_row(op, source, values[op[O_TARGET]], row)
-                        _close_row(values[op[O_TARGET]], row, 0, source[V_CHANNELS])
-                continue
-            target = values[op[O_TARGET]]
-            has_other = op[O_OTHER] >= 0
-            other = values[max(0, op[O_OTHER])]
-            for row in range(made[number], need[op[O_TARGET]]):
-                if row < 0 or row >= target[V_HEIGHT]:
-                    _zero_row(target, row)
-                    continue
-                begin_channel, end_channel = np.int64(0), target[V_CHANNELS]
-                if kind == CONVOLVE:
-                    _convolve_row(op, source, target, other, has_other, row, table)
-                elif kind == DENSE:
-                    _convolve_row_densely(op, source, target, other, has_other, row, table)
-                elif kind == READ:
-                    _read_row(op, target, row, strides[number], line)
-                elif kind == COMBINE:
-                    _combine_row(op, source, target, other, has_other, row)
-                elif kind == SHUFFLE:
-                    _shuffle_row(op, source, target, row)
-                else:
-                    _copy_row(op, source, target, row)
-                    begin_channel, end_channel = op[O_PLACE], op[O_PLACE] + source[V_CHANNELS]
-                _close_row(target, row, begin_channel, end_channel)
-            made[number] = max(made[number], need[op[O_TARGET]])
+                        _copy_row(op, source, target, row)
+                        begin_channel, end_channel = op[O_PLACE], op[O_PLACE] + source[V_CHANNELS]
+                    _close_row(target, row, begin_channel, end_channel)
+                made[number] = max(made[number], need[op[O_TARGET]])
+
+    return run_band
+
+
+run_band = _band_runner(hashlib.sha256(inspect.getsource(_vectors).encode()).hexdigest())

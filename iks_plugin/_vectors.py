@@ -98,8 +98,13 @@ def _tile(count: int) -> Callable[..., Any]:
             builder.cbranch(is_last, block["finish"], block["store"])
             builder.position_at_end(block["finish"])
             slopes, zero = splat(slope), ir.Constant(VECTOR, [0.0] * LANES)
+            is_flat = builder.fcmp_ordered("==", slopes, zero)  # minus infinity times 0 would be nan
             active = [
-                builder.select(builder.fcmp_unordered(">=", total, zero), total, builder.fmul(total, slopes))
+                builder.select(
+                    builder.fcmp_unordered(">=", total, zero),
+                    total,
+                    builder.select(is_flat, zero, builder.fmul(total, slopes)),
+                )
                 for total in sums
             ]
             builder.cbranch(builder.icmp_signed("!=", other, ir.Constant(i64, 0)), block["add"], block["finished"])

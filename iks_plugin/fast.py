@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import threading
 import time
 import warnings
@@ -104,7 +105,7 @@ class Streams:
 
     def _choose(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor, key: tuple[int, ...]) -> str:
         """Find the fastest way by trying them on a part of the image."""
-        strip = image[:1, :, : key[1], : key[2]].contiguous()
+        strip = image[:1, :, : _STRIP[0], : _STRIP[1]].contiguous()
         streams = ["stream"] if self._found_steps(model) is not None else []
         fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
         names = [*streams, *(_LAYOUTS if fits else ["torch"])]
@@ -113,7 +114,7 @@ class Streams:
         }
         try:
             self._ways[key] = _fastest(ways)
-        except RuntimeError:  # a part of an image is no input for every network
+        except RuntimeError:  # neither a part of an image nor one of any channels is an input for every network
             self._ways[key] = "torch"
         return self._ways[key]
 
@@ -125,7 +126,8 @@ class Streams:
 
 
 def _key(image: Tensor) -> tuple[int, ...]:
-    return torch.get_num_threads(), min(image.shape[2], _STRIP[0]), min(image.shape[3], _STRIP[1])
+    _, channels, height, width = image.shape
+    return torch.get_num_threads(), channels, min(height, _STRIP[0]), min(width, _STRIP[1])
 
 
 def _usual_result(usual: Callable[[Tensor], Any], image: Tensor) -> Any:
@@ -229,5 +231,6 @@ def _autocasts() -> bool:
 
 
 def _is_traced() -> bool:
-    compiling = getattr(torch.compiler, "is_compiling", torch._dynamo.is_compiling)
-    return bool(compiling() or torch._C._is_tracing())
+    # torch 2.1 has it in _dynamo alone, which takes a second to import: nothing compiles before that is done.
+    compiler = torch.compiler if hasattr(torch.compiler, "is_compiling") else sys.modules.get("torch._dynamo")
+    return bool((compiler is not None and compiler.is_compiling()) or torch._C._is_tracing())

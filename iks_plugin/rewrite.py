@@ -80,8 +80,8 @@ def sparsify(
             request.
         granularity: what shares a threshold: "weight" (each has its own), "kernel" (a k x k slice), "filter" (an
             output channel) or "layer". Zeros are single weights with any of them.
-        law: "exact" reaches the target exactly along a cubic ramp, by magnitude; "obs" does so by what the loss pays for
-            each weight, and lets the others take over its work; "paper" is the published law.
+        law: "exact" reaches the target exactly along a cubic ramp, by magnitude; "obs" does so by what the loss pays
+            for each weight, and lets the others take over its work; "paper" is the published law.
         total_steps: optimizer steps of the whole training, counted from now. The ramp then takes 60 % of them.
         ramp_steps: laws "exact" and "obs": length of the ramp in steps; default 1000 where `total_steps` is not given.
         epoch_steps: law "paper": optimizer steps of one epoch.

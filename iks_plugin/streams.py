@@ -126,6 +126,10 @@ class Stream:
     def run(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Compute the program's outputs, (N, C, H, W) float32, of its inputs, which have all the same N, H and W."""
         images = [image.contiguous() for image in images]
+        for image, number in zip(images, self.program.inputs, strict=True):
+            expected = self.program.values[number].channels
+            if image.shape[1] != expected:
+                raise RuntimeError(f"a chain of layers expected {expected} input channels, got {image.shape[1]}")
         count, _, height, width = images[0].shape
         plan = self._plan(height, width, torch.get_num_threads())
         numbers, _keep = self._numbers()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +31,27 @@ _METHODS = {"add": operator.add, "add_": operator.add, "sub": operator.sub, "mul
 
 
 class Tracer(torch.fx.Tracer):
-    """Convolutions, packed or not, and what else has a meaning here, stay whole."""
+    """Convolutions, packed or not, and what else has a meaning here, stay whole.
+
+    While it traces, torch.fx has hold of every module in the process: those that other threads run meanwhile go their
+    own way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, (Packed, PackedWeight)) or super().is_leaf_module(module, name)
