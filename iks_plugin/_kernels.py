@@ -19,12 +19,13 @@ from numba import carray, njit, types  # type: ignore[attr-defined]
 
 from . import _vectors
 from ._vectors import (
+    DENSE_WIDTH,
     LANES,
     OUTPUTS,
     address_of,
     dense_1,
     dense_2,
-    dense_5,
+    dense_most,
     shift,
     tile_1,
     tile_2,
@@ -236,7 +237,7 @@ def _convolve_row_densely(op, source, target, other, has_other, row, table):
     at = np.int64(0)
     while at < target[V_PIECES]:
         left = target[V_PIECES] - at
-        count = 5 if left >= 5 else 2 if left >= 2 else 1
+        count = DENSE_WIDTH if left >= DENSE_WIDTH else 2 if left >= 2 else 1
         for number in range(blocks):
             from_ = source[V_ADDRESS] + number * block * source_plane + at * vector
             used = min(block, inputs - number * block) * kernel
@@ -244,8 +245,8 @@ def _convolve_row_densely(op, source, target, other, has_other, row, table):
                 to = target_row + output * target_plane + at * vector
                 weights = op[O_VALUES] + 4 * OUTPUTS * (output // OUTPUTS * inputs + number * block) * kernel
                 bias = op[O_BIAS] + 4 * output
-                if count == 5:
-                    dense_5(from_, taps, weights, used, number == 0, to, target_plane, bias)
+                if count == DENSE_WIDTH:
+                    dense_most(from_, taps, weights, used, number == 0, to, target_plane, bias)
                 elif count == 2:
                     dense_2(from_, taps, weights, used, number == 0, to, target_plane, bias)
                 else:

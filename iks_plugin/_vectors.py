@@ -5,23 +5,27 @@ Everything is passed by address, as the arrays are of many types and belong to m
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 
-def _lanes() -> int:
-    features = llvmlite.binding.get_host_cpu_features()
-    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+def _features() -> set[str]:
+    chosen = config.CPU_FEATURES  # type: ignore[attr-defined]  # NUMBA_CPU_FEATURES
+    return set((get_host_cpu_features() if chosen is None else chosen).split(","))
 
 
-LANES = _lanes()
+FEATURES = _features()
+LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4
 """Floats in a vector: what one instruction of this machine works on."""
+HAS_MANY_REGISTERS = LANES == 16 or platform.machine().lower() in ("aarch64", "arm64")
+"""32 for vectors, and not 16."""
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 ALIGNMENT = 4 * LANES
@@ -58,7 +62,7 @@ def _tile(count: int) -> Callable[..., Any]:
                 return vector
 
             fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+                builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32"
             )
             block = {
                 name: builder.function.append_basic_block(name)
@@ -233,7 +237,7 @@ def _dense_tile(count: int) -> Callable[..., Any]:
                 return builder.gep(base, [ir.Constant(i64, place)])
 
             fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+                builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32"
             )
             lines = [builder.add(target, builder.mul(step, ir.Constant(i64, output))) for output in range(OUTPUTS)]
             block = {
@@ -287,4 +291,5 @@ def _dense_tile(count: int) -> Callable[..., Any]:
     return tile
 
 
-dense_5, dense_2, dense_1 = map(_dense_tile, (5, 2, 1))
+DENSE_WIDTH = 5 if HAS_MANY_REGISTERS else 3
+dense_most, dense_2, dense_1 = map(_dense_tile, (DENSE_WIDTH, 2, 1))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import IksWarning
 from .runtime import Packed, PackedWeight
+from .streams import UnexpectedInputError
 from .swap import Swapped, original_class, swapped_class
 
 _STRIP = (64, 256)
@@ -60,13 +61,17 @@ class Streams:
         self._settings: Any = None
         self._ways: dict[tuple[int, ...], str] = {}
         self._kept = "torch"
+        self._weights: list[PackedWeight] = []
 
     def __reduce__(self) -> tuple[type[Streams], tuple[()]]:
         return Streams, ()
 
     def is_usual(self, image: Any) -> bool:
         """Whether such an image is known to go the usual way, with what is kept now."""
-        return isinstance(image, Tensor) and image.ndim == 4 and self._ways.get(_key(image)) == self._kept
+        if not isinstance(image, Tensor) or image.ndim != 4:
+            return False
+        way = self._ways.get(_key(image))
+        return way == "torch" or (way == self._kept and all(weight.is_kept for weight in self._weights))
 
     def run(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor) -> Any:
         """The model's output of `image`."""
@@ -75,17 +80,18 @@ class Streams:
         if way is None:
             with self._lock:
                 way = self._ways.get(key) or self._choose(model, usual, image, key)
-        return self._run(way, model, usual, image)
+        try:
+            return self._run(way, model, usual, image)
+        except UnexpectedInputError:  # a whole image has led to another one than its part
+            self._ways[key] = "torch"
+            return _usual_result(usual, image)
 
     def _run(self, way: str, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor) -> Any:
-        kept = way if way in _LAYOUTS else "torch"
-        if kept != self._kept:
-            for weight in _packed_weights(model):
-                if kept == "torch":
-                    weight.drop()
-                else:
-                    weight.keep(_LAYOUTS[kept])
-            self._kept = kept
+        if way in _LAYOUTS:
+            self._weights = _packed_weights(model)
+            for weight in self._weights:
+                weight.keep(_LAYOUTS[way])
+            self._kept = way
         steps = self._found_steps(model) if way == "stream" else None
         if steps is None:
             return _usual_result(usual, image)
@@ -105,17 +111,27 @@ class Streams:
 
     def _choose(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor, key: tuple[int, ...]) -> str:
         """Find the fastest way by trying them on a part of the image."""
-        strip = image[:1, :, : _STRIP[0], : _STRIP[1]].contiguous()
+        # A copy: a model may change its input in place.
+        strip = image[:1, :, : _STRIP[0], : _STRIP[1]].clone(memory_format=torch.contiguous_format)
         streams = ["stream"] if self._found_steps(model) is not None else []
         fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
-        names = [*streams, *(_LAYOUTS if fits else ["torch"])]
+        layouts = [way for way in _LAYOUTS if way in self._ways.values()] or list(_LAYOUTS)  # one is kept at a time
+        names = [*streams, *(layouts if fits else ["torch"])]
         ways: dict[str, Callable[[], object]] = {
             name: functools.partial(self._run, name, model, usual, strip) for name in names
         }
         try:
-            self._ways[key] = _fastest(ways)
+            try:
+                self._ways[key] = _fastest(ways)
+            except UnexpectedInputError:
+                del ways["stream"]
+                self._ways[key] = _fastest(ways)
         except RuntimeError:  # neither a part of an image nor one of any channels is an input for every network
             self._ways[key] = "torch"
+        if not set(self._ways.values()) & set(_LAYOUTS):
+            for weight in self._weights:
+                weight.drop()
+            self._kept = "torch"
         return self._ways[key]
 
     def streamed(self) -> set[nn.Module]:
@@ -141,7 +157,9 @@ def _fastest(ways: dict[str, Callable[[], object]]) -> str:
     """The name of the way that takes the least time."""
     times: dict[str, float] = {}
     for name, act in ways.items():
-        act()  # compiles, makes plans and memory
+        times[name] = _seconds(act)  # compiles, makes plans and memory
+        if len(times) > 1 and times[name] > 2.5 * min(times.values()):
+            continue
         times[name] = _seconds(act)
         for _ in range(4):
             if times[name] < 1.5 * min(times.values()) and times[name] < 0.5:
@@ -207,6 +225,8 @@ def slow_down(model: nn.Module) -> None:
 
 def _is_plain_inference(model: nn.Module, image: Any) -> bool:
     """Whether what is asked for is just the output of a batch of float32 images on the CPU."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False  # somebody wants to see each operation
     if type(image) is not Tensor or torch.is_grad_enabled() or model.training or _is_traced():
         return False
     if image.ndim != 4 or image.dtype != torch.float32 or image.device.type != "cpu" or not image.numel():

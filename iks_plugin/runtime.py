@@ -34,15 +34,19 @@ UNPACK = "call iks_plugin.unpack(model) first"
 
 @dataclass(frozen=True)
 class Kept:
-    """A dense weight beside the packed one that it was made of, which had this stamp then."""
+    """A dense weight beside the packed one that it was made of, and what its values were then."""
 
     dense: Tensor
     memory_format: torch.memory_format
-    stamp: tuple[int, int]
+    values: Tensor
+    version: int
+
+    def is_of(self, values: Tensor) -> bool:
+        return self.values is values and self.version == _version(values)
 
 
-def _stamp(values: Tensor) -> tuple[int, int]:
-    return values.data_ptr(), 0 if values.is_inference() else values._version
+def _version(values: Tensor) -> int:
+    return 0 if values.is_inference() else values._version
 
 
 class PackedWeight(nn.Module):
@@ -101,7 +105,7 @@ class PackedWeight(nn.Module):
     def ready(self) -> Tensor:
         """The dense weight: the kept one, where there is one that is still right, or made anew."""
         kept = self._kept
-        return kept.dense if kept is not None and kept.stamp == _stamp(self.values) else self()
+        return kept.dense if kept is not None and kept.is_of(self.values) else self()
 
     @property
     def is_kept(self) -> bool:
@@ -109,13 +113,12 @@ class PackedWeight(nn.Module):
 
     def keep(self, memory_format: torch.memory_format) -> None:
         """Hold the dense weight in memory, in this order, until `drop`; nothing else changes."""
-        stamp = _stamp(self.values)
         kept = self._kept
-        if kept is None or kept.stamp != stamp or kept.memory_format != memory_format:
+        if kept is None or not kept.is_of(self.values) or kept.memory_format != memory_format:
             dense = self()
             if dense.ndim == 4:  # other weights have one layout only
                 dense = dense.contiguous(memory_format=memory_format)
-            self._kept = Kept(dense, memory_format, stamp)
+            self._kept = Kept(dense, memory_format, self.values, _version(self.values))
 
     def drop(self) -> None:
         """Undo `keep`."""

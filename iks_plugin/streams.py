@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from .runtime import Packed, PackedWeight
 
-_DENSE_FROM = 0.36
-"""Share of non-zeros from which a convolution by all weights is faster than by the non-zeros alone."""
+_DENSE_FROM = {16: 0.36}
+"""Share of non-zeros from which a convolution by all weights is faster, by the floats in a vector; 0.5 for others."""
 _FEWEST_ROWS = 8
 """A band is at least so high; a smaller image has fewer bands than there are threads."""
 _PLANES = 64 << 20
@@ -36,6 +36,12 @@ _PLANS = 4
 _BLOCK = 144
 
 Addresses = dict[int, int]
+_PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
+"""Whatever torch's defaults are."""
+
+
+class UnexpectedInputError(Exception):
+    """A stream's input is not what its graph seemed to tell: the whole model has to run the usual way."""
 
 
 @dataclass
@@ -124,17 +130,21 @@ class Stream:
         self._lock = threading.Lock()
 
     def run(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the program's outputs, (N, C, H, W) float32, of its inputs, which have all the same N, H and W."""
-        images = [image.contiguous() for image in images]
+        """Compute the program's outputs, (N, C, H, W) float32, of its inputs, which have all the same N, H and W.
+
+        Raises:
+            UnexpectedInputError: they have not.
+        """
         for image, number in zip(images, self.program.inputs, strict=True):
-            expected = self.program.values[number].channels
-            if image.shape[1] != expected:
-                raise RuntimeError(f"a chain of layers expected {expected} input channels, got {image.shape[1]}")
+            expected = (images[0].shape[0], self.program.values[number].channels, *images[0].shape[2:])
+            if image.dtype != torch.float32 or image.device.type != "cpu" or tuple(image.shape) != expected:
+                raise UnexpectedInputError
+        images = [image.resolve_neg().contiguous() for image in images]
         count, _, height, width = images[0].shape
         plan = self._plan(height, width, torch.get_num_threads())
         numbers, _keep = self._numbers()
         outputs = [
-            torch.empty(count, value.channels, height * value.factor, width * value.factor)
+            torch.empty((count, value.channels, height * value.factor, width * value.factor), **_PLAIN)
             for value in (self.program.values[number] for number in self.program.outputs)
         ]
         with plan.memory() as memory:
@@ -165,7 +175,7 @@ class Stream:
         fields = []
         for number, op in enumerate(self.program.ops):
             channels = self.program.values[op.target if op.target >= 0 else op.source].channels
-            one, zero = torch.ones(channels), torch.zeros(channels)
+            one, zero = (torch.full((channels,), number, **_PLAIN) for number in (1.0, 0.0))
             slope, factor = (one if tensor is None else tensor.float() for tensor in (op.slope, op.factor))
             summand = zero if op.summand is None else op.summand.float()
             entry = {"slope": address(slope.contiguous()), "bias": address(summand.contiguous())}
@@ -178,14 +188,16 @@ class Stream:
 
     def _weights(self, number: int, layer: nn.Conv2d, address: Any) -> dict[str, int]:
         from ._kernels import CONVOLVE, DENSE
-        from ._vectors import OUTPUTS
+        from ._vectors import LANES, OUTPUTS
 
         bias = layer.bias
         outputs, groups = layer.out_channels, layer.groups
-        fields = {"bias": address(torch.zeros(outputs) if bias is None else bias.detach().contiguous())}
+        fields = {"bias": address(torch.zeros(outputs, **_PLAIN) if bias is None else bias.detach().contiguous())}
         packed = layer.packed_weight if isinstance(layer, Packed) else None
         if packed is not None and (
-            packed.values.numel() < _DENSE_FROM * packed.shape.numel() or groups > 1 or outputs % OUTPUTS
+            packed.values.numel() < _DENSE_FROM.get(LANES, 0.5) * packed.shape.numel()
+            or groups > 1
+            or outputs % OUTPUTS
         ):
             index, pointers = self._taps_of(number, packed)
             kernel = packed.shape[2] * packed.shape[3]
@@ -205,9 +217,12 @@ class Stream:
             side_by_side = weight.view(outputs // OUTPUTS, OUTPUTS, inputs, kernel).permute(0, 2, 3, 1).contiguous()
             return fields | {"kind": DENSE, "block": block, "values": address(side_by_side)}
         size, blocks = block * kernel, -(-inputs // block)
-        index = (torch.arange(inputs * kernel) % size).to(torch.uint8).repeat(outputs)
-        starts = torch.arange(outputs).unsqueeze(1) * inputs * kernel + torch.arange(blocks) * size
-        pointers = torch.cat([starts.view(-1), torch.tensor([outputs * inputs * kernel])]).to(torch.int32)
+        index = (torch.arange(inputs * kernel, device="cpu") % size).to(torch.uint8).repeat(outputs)
+        starts = (
+            torch.arange(outputs, device="cpu").unsqueeze(1) * inputs * kernel
+            + torch.arange(blocks, device="cpu") * size
+        )
+        pointers = torch.cat([starts.view(-1), torch.tensor([outputs * inputs * kernel], device="cpu")]).to(torch.int32)
         return fields | {
             "kind": CONVOLVE,
             "block": block,

@@ -30,6 +30,27 @@ _METHODS = {"add": operator.add, "add_": operator.add, "sub": operator.sub, "mul
             "div": operator.truediv, "relu": F.relu, "relu_": F.relu}  # fmt: skip
 
 
+_INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_, torch.relu_, F.leaky_relu_}
+_tracing = threading.Lock()
+"""torch.fx changes torch.nn.Module while it traces, and knows of no other thread that does."""
+
+
+class _Proxy(torch.fx.Proxy):
+    """Notes that `x += y` works in place, which torch.fx takes for `x = x + y`."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
 class Tracer(torch.fx.Tracer):
     """Convolutions, packed or not, and what else has a meaning here, stay whole.
 
@@ -40,6 +61,9 @@ class Tracer(torch.fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -80,7 +104,8 @@ def trace(model: nn.Module) -> list[Step] | None:
         # The graph is of the forward that the model had before it was packed.
         shell.__class__ = original_class(shell)  # type: ignore[assignment]
     try:
-        graph = Tracer().trace(shell)
+        with _tracing:
+            graph = Tracer().trace(shell)
     except Exception:  # whatever a model's Python code makes of a stand-in for a tensor
         return None
     originals = dict(model.named_modules())
@@ -100,6 +125,7 @@ class _Splitter:
         return self._constants.get(argument) if isinstance(argument, torch.fx.Node) else None
 
     def split(self, graph: torch.fx.Graph) -> list[Step] | None:
+        self._order = {node: place for place, node in enumerate(graph.nodes)}
         steps: list[Step] = []
         run: list[torch.fx.Node] = []
         worth = False
@@ -107,7 +133,7 @@ class _Splitter:
             if node.op == "get_attr" or self._is_converted_constant(node):
                 self._note_value(node)
                 continue
-            if self._streams(node):
+            if self._streams(node) and not self._overwrites_what_is_read_later(node):
                 run.append(node)
                 continue
             if node.op == "placeholder":
@@ -171,6 +197,41 @@ class _Splitter:
             return isinstance(one, torch.fx.Node) and self.constant(one) is None and self.constant(other) is not None
         return function in _MUL and (self.constant(one) is None) != (self.constant(other) is None)
 
+    def _overwrites_what_is_read_later(self, node: torch.fx.Node) -> bool:
+        """Whether an operation works in place on memory that is read afterwards by another name."""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, torch.fx.Node) or not self._is_in_place(node):
+            return False
+        shared, waiting = {source}, [source]
+        while waiting:  # whatever was made of it may be a view of it, and it a view of what it was made of
+            one = waiting.pop()
+            for other in (*one.all_input_nodes, *one.users):
+                if other not in shared and self._may_share(other if other in one.users else one):
+                    shared.add(other)
+                    waiting.append(other)
+        shared = {one for one in shared if self._order[one] < self._order[node]}
+        return any(self._order[user] > self._order[node] for one in shared for user in one.users)
+
+    def _may_share(self, node: torch.fx.Node) -> bool:
+        """Whether the value of a node may lie in the memory of what it is made of."""
+        if not self._streams(node):
+            return node.op not in ("placeholder", "get_attr", "output")
+        if node.op == "call_module":
+            module = self._modules[str(node.target)]
+            return type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d) or bool(getattr(module, "inplace", False))
+        return self._function(node) in _SAME or self._is_in_place(node)
+
+    def _is_in_place(self, node: torch.fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self._modules[str(node.target)], "inplace", False))
+        if node.op == "call_method":
+            return str(node.target).endswith("_")
+        return (
+            node.target in _INPLACE
+            or bool(node.kwargs.get("inplace"))
+            or (node.target in (F.relu, F.leaky_relu) and True in node.args[1:])
+        )
+
     def _function(self, node: torch.fx.Node) -> Any:
         if node.op == "call_function":
             return (
@@ -219,7 +280,9 @@ def _streaming_module(module: nn.Module) -> bool:
         return _streaming_convolution(module)
     if isinstance(module, nn.PReLU):
         return type(module) is nn.PReLU
-    return type(module) in (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.PixelShuffle, nn.Dropout, nn.Dropout2d)
+    if type(module) in (nn.Dropout, nn.Dropout2d):
+        return not module.training
+    return type(module) in (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.PixelShuffle)
 
 
 def _streaming_convolution(module: nn.Conv2d) -> bool:
@@ -301,9 +364,9 @@ class _Builder:
                 raise _CannotStreamError
             return self.program.add(CONVOLVE, source, int(module.out_channels), layer=module)
         if isinstance(module, nn.ReLU):
-            return self._combine(source, slope=torch.zeros(1))
+            return self._combine(source, slope=torch.zeros(1, device="cpu"))
         if isinstance(module, nn.LeakyReLU):
-            return self._combine(source, slope=torch.tensor([module.negative_slope]))
+            return self._combine(source, slope=torch.tensor([module.negative_slope], device="cpu"))
         if isinstance(module, nn.PReLU):
             return self._combine(source, slope=module.weight.detach())
         if isinstance(module, nn.PixelShuffle):
@@ -314,12 +377,12 @@ class _Builder:
         if function in _SAME:
             return self._source(node.args[0])
         if function in _RELU:
-            return self._combine(self._source(node.args[0]), slope=torch.zeros(1))
+            return self._combine(self._source(node.args[0]), slope=torch.zeros(1, device="cpu"))
         if function in _LEAKY:
             slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
             if not isinstance(slope, (int, float)):
                 raise _CannotStreamError
-            return self._combine(self._source(node.args[0]), slope=torch.tensor([float(slope)]))
+            return self._combine(self._source(node.args[0]), slope=torch.tensor([float(slope)], device="cpu"))
         if function is F.pixel_shuffle:
             scale = node.kwargs.get("upscale_factor", node.args[1] if len(node.args) > 1 else None)
             if not isinstance(scale, int):
@@ -370,7 +433,7 @@ def _as_channels(constant: Tensor | float | None) -> Tensor:
         if channels is None:
             raise _CannotStreamError
         return channels.float().cpu()
-    return torch.tensor([float(constant or 0.0)])
+    return torch.tensor([float(constant or 0.0)], device="cpu")
 
 
 def streamed_layers(steps: list[Step]) -> set[nn.Module]:

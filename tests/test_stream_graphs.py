@@ -1,0 +1,186 @@
+"""Graphs in which a stream must not assume too much: what is added to it, works in place, or is of another type."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import iks_plugin
+from iks_plugin import fast
+
+pytest.importorskip("numba")
+
+
+class Layers(nn.Module):
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.head, self.tail = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.relu, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.5)
+        self.act = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self, x)
+
+
+def iadd(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    same = h
+    h += 1.5
+    return m.tail(m.b(h) + same)
+
+
+def relu_of_another_name(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    return m.tail(m.b(m.relu(h)) + h)
+
+
+def relu_function(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    return m.tail(m.b(F.relu_(h)) + h)
+
+
+def mul_method(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    return m.tail(m.b(h.mul_(2.0)) + h)
+
+
+def view_of_it(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    half = h[:, :8]
+    return m.tail(m.b(m.relu(h)) + torch.cat([half, half], 1))
+
+
+def read_before(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    y = m.b(h)
+    h += y
+    return m.tail(h)
+
+
+def input_in_place(m: Any, x: Tensor) -> Tensor:
+    x.sub_(0.5)
+    return m.tail(m.b(m.a(m.head(x))))
+
+
+def input_minus(m: Any, x: Tensor) -> Tensor:
+    x -= 0.5
+    return m.tail(m.b(m.a(m.head(x))))
+
+
+def with_middle(change: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(m.head(x))
+        return m.tail(m.b((h + change(torch.tanh(h))).float()))
+
+    return forward
+
+
+def without_batch(m: Any, x: Tensor) -> Tensor:
+    return m.tail(m.b(m.a(m.head(x[0])))).unsqueeze(0)
+
+
+def two_outputs(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = m.a(m.head(x))
+    return m.tail(m.b(h)), h
+
+
+GRAPHS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "iadd": iadd,
+    "relu of another name": relu_of_another_name,
+    "relu_": relu_function,
+    "mul_": mul_method,
+    "a view of what is overwritten": view_of_it,
+    "read before": read_before,
+    "input in place": input_in_place,
+    "input minus": input_minus,
+    "pooled": with_middle(lambda h: h.mean((2, 3), keepdim=True)),
+    "a column": with_middle(lambda h: h[..., :1]),
+    "the first of a batch": with_middle(lambda h: h[:1]),
+    "bools": with_middle(lambda h: h > 0),
+    "float16": with_middle(lambda h: h.half()),
+    "float64": with_middle(lambda h: h.double()),
+    "flipped": with_middle(lambda h: h.flip(3)),
+    "without a batch": without_batch,
+    "two outputs": two_outputs,
+}
+
+
+def network(forward: Callable[[Any, Tensor], Any]) -> nn.Module:
+    model = Layers(forward).eval()
+    with torch.no_grad():
+        for layer in (model.a, model.b):
+            layer.weight *= torch.rand_like(layer.weight) >= 0.8
+    return model
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(10**6))
+    monkeypatch.setattr(fast, "_seconds", lambda act: (act(), next(times))[1])
+
+
+def assert_close(result: Any, expected: Any) -> None:
+    results, wanted = ([value] if isinstance(value, Tensor) else value for value in (result, expected))
+    for one, other in zip(results, wanted, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("forward", GRAPHS.values(), ids=GRAPHS)
+def test_the_same_as_dense(forward: Callable[[Any, Tensor], Any]) -> None:
+    plain = network(forward)
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    image = torch.rand(1 if forward is without_batch else 2, 3, 24, 24)
+    with torch.no_grad():
+        for _ in range(2):
+            ours, theirs = image.clone(), image.clone()
+            assert_close(model(ours), plain(theirs))
+
+
+def test_another_default_dtype_or_device() -> None:
+    plain = network(GRAPHS["read before"])
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    image = torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        expected = plain(image)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert_close(model(image), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            assert_close(model(image), expected)
+            assert_close(copy.deepcopy(model)(image), expected)
+
+
+def test_dropout_that_was_left_in_training_mode_drops() -> None:
+    model = iks_plugin.pack(network(lambda m, x: m.tail(m.drop(m.b(m.a(m.head(x)))))))
+    image = torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(model(image), model(image))
+        model.drop.train()
+        assert not torch.equal(model(image), model(image))
+
+
+def test_what_looks_at_each_operation_sees_them() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plain = network(GRAPHS["two outputs"])
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    image, other = torch.rand(1, 3, 24, 24), torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        model(image)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+        assert counter.get_total_flops() > 0
+        assert_close(make_fx(model)(image)(other), plain(other))
+        images = torch.rand(2, 1, 3, 24, 24)
+        assert_close(torch.vmap(model)(images), torch.vmap(plain)(images))
