@@ -298,7 +298,7 @@ class Plan:
 
     def _bytes(self, value: int, rows: int) -> int:
         k, row = self._k, self._table[value]
-        return int(rows * row[k.V_CHANNELS] * (row[k.V_PIECES] + 2 * row[k.V_HALO]) * 4 * self._lanes)
+        return int(rows * k.row_vectors.py_func(row) * 4 * self._lanes)
 
     def _plane_rows(self, value: int) -> int:
         return int(self._table[value][self._k.V_HEIGHT] + 2 * self._table[value][self._k.V_ABOVE])
@@ -314,8 +314,8 @@ class Plan:
                 depth[op.target] = max(sources, default=0) + op.reach()
         cuts = [0]
         if bands > 1:
-            # Rows computed twice cost deep / 2 of a band's; keeping a value costs about 0.4 of a layer.
-            most = max(4, round(math.sqrt(0.8 * self._height / bands)))
+            # Rows computed twice cost deep / 2 of a band's; keeping a value costs about 0.8 of a layer.
+            most = max(4, round(math.sqrt(1.6 * self._height / bands)))
             while deepest[-1] - deepest[cuts[-1]] > 1.5 * most:
                 window = [
                     at
