@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -225,7 +226,11 @@ class SparsityController:
             writer.add_scalar(f"iks_layers/{name or 'model'}", _share_of_zeros(layer), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs beside the model's and the optimizer's state: plain numbers and strings."""
+        """What a resumed training needs beside the model's and the optimizer's state.
+
+        Plain numbers and strings, but for the steps in which the law "obs" measures the curvature: what it has measured
+        so far is in it then, n^2 numbers for a layer of n inputs x taps.
+        """
         return {
             "version": _STATE_VERSION,
             "law": self._law_name,
@@ -236,6 +241,8 @@ class SparsityController:
             "value_dtype": None if self._goal.budget is None else self._goal.budget.value_dtype,
             "steps": self._steps,
             "start_sparsity": self._start,
+            "update_factors": None if self._factors is None else dict(self._factors),
+            "measured": self._curvature.unfinished(),
             **{name: getattr(self._law, name, None) for name in _LAW_FIELDS},
         }
 
@@ -263,6 +270,7 @@ class SparsityController:
                     f"controller state: {key} has the impossible value {state[key]!r}: the state is damaged, "
                     "take the one of another checkpoint"
                 )
+        self._refuse_other_layers(state)
         budget = None
         if state["max_bytes"] is not None:
             dtype = str(check_value_dtype(state["value_dtype"])).removeprefix("torch.")
@@ -272,8 +280,25 @@ class SparsityController:
         self._law = law
         self._steps = state["steps"]
         self._start = state["start_sparsity"]
-        self._factors = None
+        self._factors = state["update_factors"]
         self._measure_if_due()
+        self._curvature.resume(state["measured"])
+
+    def _refuse_other_layers(self, state: dict[str, Any]) -> None:
+        factors, measured = state["update_factors"], state["measured"]
+        known = self._layers.keys()
+        fits = (
+            (factors is None or (isinstance(factors, dict) and factors.keys() == known))
+            and all(isinstance(factor, float) and 1 <= factor < math.inf for factor in (factors or {}).values())
+            and isinstance(measured, dict)
+            and measured.keys() <= known
+            and all(isinstance(part, Tensor) for pair in measured.values() for part in pair)
+        )
+        if not fits:
+            raise IksError(
+                f"controller state: update_factors or measured do not belong to the layers {', '.join(known)}: the "
+                "state is damaged, take the one of another checkpoint"
+            )
 
     def _expected_numbers(self) -> dict[str, Callable[[Any], bool]]:
         has_ramp = isinstance(self._law, laws.ExactLaw)

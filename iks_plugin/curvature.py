@@ -9,7 +9,7 @@ trains: the first as a matrix, the second as its diagonal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,21 @@ class CurvatureWatcher:
             self._handle.remove()
             self._handle = None
 
+    def unfinished(self) -> dict[str, list[Tensor]]:
+        """What this process has measured so far, on the CPU; empty while it is switched off."""
+        if self._handle is None:
+            return {}
+        return {name: [self._inputs[name].cpu().clone(), self._gradients[name].cpu().clone()] for name in self._inputs}
+
+    def resume(self, unfinished: Mapping[str, Sequence[Tensor]]) -> None:
+        """Go on with what another watcher has measured, if this one is switched on."""
+        if self._handle is not None:
+            self._inputs = {name: inputs.clone() for name, (inputs, _) in unfinished.items()}
+            self._gradients = {name: gradients.clone() for name, (_, gradients) in unfinished.items()}
+
     def found(self) -> dict[str, Curvature]:
         """What has been measured of each layer that took part; in a distributed training the mean over all of it."""
-        names = [name for name in self._inputs if name in self._gradients]
-        found = {name: Curvature(self._inputs[name], self._gradients[name]) for name in names}
+        found = {name: Curvature(inputs, self._gradients[name]) for name, inputs in self._inputs.items()}
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return found
         shared: list[Any] = [None] * dist.get_world_size()
@@ -87,26 +98,31 @@ class CurvatureWatcher:
         name = self._names.get(id(module))
         if name is None or not isinstance(output, Tensor) or not output.requires_grad or not module.training:
             return
-        if not arguments or not isinstance(arguments[0], Tensor) or not output.numel():
+        if not arguments or not isinstance(arguments[0], Tensor) or not output.numel() or not isinstance(module, Gated):
             return
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            patches = patches_of(module, arguments[0].detach().float(), output)
-            if patches is None:
-                return
-            _add(self._inputs, name, patches.transpose(-1, -2) @ patches / patches.shape[-2])
-        channel = channel_dimension(module)
+        image, shape = arguments[0].detach(), output.shape
 
-        def on_gradient(gradient: Tensor) -> None:
-            with torch.no_grad():
-                per_channel = gradient.detach().float().square().movedim(channel, -1).flatten(0, -2).mean(0)
-                _add(self._gradients, name, per_channel * _pixels(module, output))
+        def on_gradient(gradient: Tensor) -> None:  # so that a forward pass without a backward one does not count
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                self._measure(name, module, image.float(), gradient.detach().float(), shape)
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    def _measure(self, name: str, layer: nn.Module, image: Tensor, gradient: Tensor, shape: torch.Size) -> None:
+        patches = patches_of(layer, image, shape)
+        if patches is None:
+            return
+        moments = patches.transpose(-1, -2) @ patches / patches.shape[-2]
+        channel = channel_dimension(layer)
+        gradients = gradient.square().movedim(channel, -1).flatten(0, -2).mean(0) * _pixels(layer, shape)
+        if bool(moments.isfinite().all() & gradients.isfinite().all()):  # scaled gradients overflow now and then
+            _add(self._inputs, name, moments)
+            _add(self._gradients, name, gradients)
 
 
 def _add(means: dict[str, Tensor], name: str, new: Tensor) -> None:
     known = means.get(name)
-    means[name] = new if known is None or known.device != new.device else known * _MEMORY + new * (1 - _MEMORY)
+    means[name] = new if known is None else known.to(new.device) * _MEMORY + new * (1 - _MEMORY)
 
 
 def channel_dimension(layer: nn.Module) -> int:
@@ -118,10 +134,10 @@ def _kind(layer: nn.Module) -> type[nn.Module]:
     return next((kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, kind)), nn.Module)
 
 
-def _pixels(layer: nn.Module, output: Tensor) -> float:
+def _pixels(layer: nn.Module, shape: torch.Size) -> float:
     """Output pixels of one image; 1 for a linear layer, whose inputs are pixels or tokens of any arrangement."""
     kind = _kind(layer)
-    return 1.0 if kind is nn.Linear else float(math.prod(output.shape[channel_dimension(layer) + 1 :]))
+    return 1.0 if kind is nn.Linear else float(math.prod(shape[channel_dimension(layer) + 1 :]))
 
 
 def parts_of(layer: nn.Module) -> int:
@@ -135,8 +151,11 @@ def _inputs_and_taps(layer: nn.Module) -> tuple[int, int]:
     return shape[1], math.prod(shape[2:])
 
 
-def patches_of(layer: nn.Module, image: Tensor, output: Tensor) -> Tensor | None:
-    """What output pixels are made of: (groups, parts, pixels, n), with a 1 for the bias; None for other layers."""
+def patches_of(layer: nn.Module, image: Tensor, shape: torch.Size) -> Tensor | None:
+    """What the pixels of an output of `shape` are made of: (groups, parts, pixels, n), with a 1 for the bias.
+
+    None for layers of other kinds than Linear, Conv1d and Conv2d.
+    """
     kind = _kind(layer)
     groups = getattr(layer, "groups", 1)
     inputs, taps = _inputs_and_taps(layer)
@@ -154,7 +173,7 @@ def patches_of(layer: nn.Module, image: Tensor, output: Tensor) -> Tensor | None
         if kind is nn.Conv1d:
             image, geometry = image.unsqueeze(2), [(1, *numbers) for numbers in geometry]
         kernel, stride, dilation = geometry
-        every = max(1, math.isqrt(len(image) * math.prod(output.shape[channel_dimension(layer) + 1 :]) // _POSITIONS))
+        every = max(1, math.isqrt(len(image) * math.prod(shape[channel_dimension(layer) + 1 :]) // _POSITIONS))
         steps = tuple(every * one for one in stride)
         found = F.unfold(image, kernel, dilation, 0, steps).transpose(1, 2).flatten(0, 1)
     parts = parts_of(layer)

@@ -31,6 +31,8 @@ UPDATE_POWER = 1.0
 """The law "obs" makes a layer's steps longer by its density to the power of -UPDATE_POWER, ..."""
 LONGEST_UPDATE = 20.0
 """... but by this factor at most."""
+CLOSED = 8.0
+"""Its threshold of a weight that has gone: sigmoid(8) = 0.9997 keeps it away whatever its optimizer's momentum does."""
 PAPER_EPOCHS = 10
 """D of the paper: epochs between two actions, and at the end of the training without any."""
 PAPER_RATE = 0.005
@@ -171,7 +173,8 @@ def project(gated: Sequence[Tensor], raw: Sequence[Tensor], shifts: Tensor, zero
 
     The weights that must fall are those with the smallest critical shifts among the living; they become zero and no
     other weight changes. The weights that must come back are those with the largest critical shifts among the zero
-    ones; they get their sign and what of their magnitude exceeds the threshold shifted down to the last of them.
+    ones; they get their sign and what of their magnitude exceeds the threshold shifted down to the last of them. Those
+    whose gates the law "obs" has closed come back as good as zero, as others have taken over their work.
     Raw weights that are zero themselves cannot come back.
 
     Args:
@@ -203,4 +206,5 @@ def _woken(raw: Tensor, shifts: Tensor, smallest: float) -> Tensor:
     threshold = torch.logit(precise.abs().clamp(_SMALLEST, _LARGEST)) - shifts
     cut = torch.sigmoid(threshold + shifts.min())
     magnitude = (precise.abs() - cut).clamp(min=smallest)
+    magnitude[threshold > CLOSED - 1] = smallest
     return (torch.sign(precise) * magnitude).to(raw)

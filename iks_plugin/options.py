@@ -45,7 +45,7 @@ class Options:
         exclude: Any = (),
         layer_types: Any = None,
         granularity: Any = "weight",
-        law: Any = "exact",
+        law: Any = None,
         total_steps: Any = None,
         ramp_steps: Any = None,
         epoch_steps: Any = None,
@@ -59,6 +59,7 @@ class Options:
             raise OptionError(f"sparsify has no option {name!r}{_did_you_mean(name, known)}")
         _check_goal(target_sparsity, max_bytes)
         _check_choice("granularity", granularity, GRANULARITIES)
+        law = default_law(granularity) if law is None else law
         _check_choice("law", law, tuple(LAWS))
         if law == "paper":
             if ramp_steps is not None:
@@ -108,6 +109,11 @@ class Options:
             threshold_init=_check_threshold_init(threshold_init),
             **counts,
         )
+
+
+def default_law(granularity: str) -> str:
+    """The law where none is given: "obs" decides for single weights, "exact" for whatever shares a threshold."""
+    return "obs" if granularity == "weight" else "exact"
 
 
 def check_options(**options: Any) -> None:

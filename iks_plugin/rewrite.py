@@ -49,7 +49,7 @@ def sparsify(
     exclude: str | Iterable[str] = (),
     layer_types: Iterable[type[nn.Module] | str] | None = None,
     granularity: str = "weight",
-    law: str = "exact",
+    law: str | None = None,
     total_steps: int | None = None,
     ramp_steps: int | None = None,
     epoch_steps: int | None = None,
@@ -80,8 +80,9 @@ def sparsify(
             request.
         granularity: what shares a threshold: "weight" (each has its own), "kernel" (a k x k slice), "filter" (an
             output channel) or "layer". Zeros are single weights with any of them.
-        law: "exact" reaches the target exactly along a cubic ramp, by magnitude; "obs" does so by what the loss pays
-            for each weight, and lets the others take over its work; "paper" is the published law.
+        law: "obs" reaches the target along a cubic ramp: the weights go that the loss needs least, and the others take
+            over their work; it decides for each weight by itself. "exact" takes the same ramp by magnitude, with any
+            granularity. "paper" is the published law. Default: "obs", and "exact" where thresholds are shared.
         total_steps: optimizer steps of the whole training, counted from now. The ramp then takes 60 % of them.
         ramp_steps: laws "exact" and "obs": length of the ramp in steps; default 1000 where `total_steps` is not given.
         epoch_steps: law "paper": optimizer steps of one epoch.

@@ -15,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .curvature import Curvature
+from .laws import CLOSED
 from .layers import Gated
 from .measure import zeros_in
 
 DAMPING = 0.01
 """What is added to the diagonal of E[u u^T], as a share of its mean."""
-CLOSED = 8.0
-"""The threshold of a weight that has gone: sigmoid(8) = 0.9997 keeps it away whatever its optimizer's momentum does."""
 _HIGHEST = 0.5
 """Magnitude up to which a weight that has gone is kept: far below a closed gate."""
 _AT_ONCE = 1 << 24

@@ -231,7 +231,7 @@ RESUMES: dict[str, tuple[Any, Any, str]] = {
     "other law": (
         {"target_sparsity": 0.9, "law": "paper", "interval": 2},
         0.9,
-        "20.state: expected law 'exact' as in the block iks, got 'paper': write law: paper",
+        "20.state: expected law 'obs' as in the block iks, got 'paper': write law: paper",
     ),
 }
 

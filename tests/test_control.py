@@ -63,7 +63,10 @@ def test_the_last_of_the_total_steps_ends_at_the_target():
     assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"total_steps": 40}, {"law": "paper", "epoch_steps": 1, "total_steps": 60}])
+@pytest.mark.parametrize(
+    "options",
+    [{"total_steps": 40}, {"law": "exact", "total_steps": 40}, {"law": "paper", "epoch_steps": 1, "total_steps": 60}],
+)
 @pytest.mark.parametrize("stop", [7, 20, 33])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_resumed_run_is_the_straight_run_to_the_bit(options, stop, optimizer):
@@ -110,7 +113,7 @@ def test_a_loaded_state_brings_its_target_and_schedule():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"law": "paper"}, "law expected 'exact', got 'paper': rewrite the model with the options"),
+        ({"law": "paper"}, "law expected 'obs', got 'paper': rewrite the model with the options"),
         ({"granularity": "kernel"}, "granularity expected 'weight', got 'kernel'"),
         ({"weights": 7}, "weights expected 4608, got 7"),
         ({"version": 99}, "version expected 1, got 99"),
@@ -120,6 +123,10 @@ def test_a_loaded_state_brings_its_target_and_schedule():
         ({"interval": 0}, "interval has the impossible value 0"),
         ({"total_steps": True}, "total_steps has the impossible value True"),
         ({"start_sparsity": 2.0}, "start_sparsity has the impossible value 2.0"),
+        ({"update_factors": {"2": 1.0}}, "update_factors or measured do not belong to the layers 2, 4: the state is"),
+        ({"update_factors": {"2": 0.0, "4": 1.0}}, "update_factors or measured do not belong to the layers 2, 4"),
+        ({"measured": {"7": []}}, "update_factors or measured do not belong to the layers 2, 4"),
+        ({"measured": {"2": [1, 2]}}, "update_factors or measured do not belong to the layers 2, 4"),
         (None, "expected the keys .*got none for .'granularity', 'interval'"),
     ],
 )
@@ -145,7 +152,7 @@ def test_a_state_of_an_earlier_time_or_another_schedule_loads():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor", ["raw_weight", "threshold"])
-@pytest.mark.parametrize("options", [{}, {"law": "paper", "interval": 10}])
+@pytest.mark.parametrize("options", [{"interval": 10}, {"law": "exact"}, {"law": "paper", "interval": 10}])
 def test_weights_that_are_not_finite_stop_the_training_by_name(value, tensor, options):
     model = toys.plain_sr()
     controller = iks_plugin.sparsify(model, 0.5, **options)
@@ -360,4 +367,4 @@ def test_tensorboard_gets_the_total_and_each_layer(tmp_path):
 
 def test_repr():
     text = repr(iks_plugin.sparsify(toys.plain_sr(), 0.8))
-    assert text == "SparsityController(target_sparsity=0.8, law='exact', layers=2, steps=0)"
+    assert text == "SparsityController(target_sparsity=0.8, law='obs', layers=2, steps=0)"

@@ -103,7 +103,7 @@ RESUMES = {
     "other law": (
         "dict(target_sparsity=0.9, law='paper', interval=2)",
         "0.9",
-        "does not fit the config key iks, generator: .*law expected 'exact', got 'paper'",
+        "does not fit the config key iks, generator: .*law expected 'obs', got 'paper'",
     ),
     "other layers": (
         "0.9",

@@ -231,7 +231,7 @@ def test_decay_is_kept_off_thresholds_as_if_they_had_a_group_of_their_own(build)
     for grouped in (False, True):
         model = toys.plain_sr()
         model.load_state_dict(start)
-        controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+        controller = iks_plugin.sparsify(model, 0.8, law="exact", ramp_steps=20)
         optimizer = build(controller.param_groups() if grouped else model.parameters())
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
         groups = [len(group["params"]) for group in optimizer.param_groups]

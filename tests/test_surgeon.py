@@ -38,7 +38,7 @@ def test_patches_are_what_a_layer_multiplies(make: Callable[[], nn.Module], shap
     torch.manual_seed(0)
     layer, image = make(), torch.randn(shape)
     output = layer(image)
-    patches = patches_of(layer, image, output)
+    patches = patches_of(layer, image, output.shape)
     assert patches is not None
     groups, parts = getattr(layer, "groups", 1), parts_of(layer)
     assert patches.shape[:2] == (groups, parts)
@@ -57,7 +57,7 @@ def test_patches_are_what_a_layer_multiplies(make: Callable[[], nn.Module], shap
 
 def test_few_of_many_pixels_are_looked_at() -> None:
     layer, image = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 200, 200)
-    patches = patches_of(layer, image, layer(image))
+    patches = patches_of(layer, image, layer(image).shape)
     assert patches is not None
     assert 1500 < patches.shape[2] < 3000
 
@@ -256,6 +256,32 @@ def test_only_training_is_measured() -> None:
     assert set(watcher.found()) == set(layers)
     gradients = {name: known.gradients for name, known in watcher.found().items()}
     assert all(float(gradient.min()) > 0 for gradient in gradients.values())
+
+
+def test_what_goes_to_fewer_zeros_is_as_good_as_zero_too() -> None:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.9, ramp_steps=5)
+    toys.train(model, torch.optim.Adam(model.parameters()), 20)
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        before = model(x)
+        torch.testing.assert_close(iks_plugin.finalize(model, 0.5)(x), before, rtol=1e-4, atol=1e-4)
+    assert iks_plugin.report(model).sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_gradients_that_overflow_are_not_measured() -> None:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8, ramp_steps=1)
+    layers = gated_layers(model)
+    watcher = CurvatureWatcher(lambda: layers)
+    watcher.start()
+    x = torch.randn(1, 3, 8, 8)
+    (model(x) * float("inf")).sum().backward()
+    assert not watcher.found()
+    model(x).sum().backward()
+    (model(x) * float("nan")).sum().backward()
+    watcher.stop()
+    assert all(bool(known.gradients.isfinite().all()) for known in watcher.found().values())
 
 
 def test_rounding_does_not_stop_it() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from iks_plugin import IksError
 from iks_plugin.block import Block
+from iks_plugin.options import default_law
 
 STATE_VERSION = 1
 
@@ -40,8 +41,9 @@ def check_state(state: Mapping[str, Any], block: Block, where: str = "the traini
                 f"{', '.join(block.networks)}: give the state's (network: ...)"
             )
         controllers = [network["controller"] for network in saved["networks"].values()]
-        for key, default in (("granularity", "weight"), ("law", "exact")):
-            wanted = block.options.get(key, default)
+        granularity = block.options.get("granularity", "weight")
+        law = block.options.get("law") or default_law(granularity)
+        for key, wanted in (("granularity", granularity), ("law", law)):
             for got in {controller[key] for controller in controllers if controller is not None} - {wanted}:
                 raise IksError(
                     f"{where}: expected {key} {wanted!r} as in the block iks, got {got!r}: write {key}: {got}"
