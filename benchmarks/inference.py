@@ -2,21 +2,28 @@
 
     python benchmarks/inference.py                     # EDSR 16 x 64 x2 on an image of 320 x 180: some minutes
     python benchmarks/inference.py --only layers sweep memory
+    python benchmarks/inference.py --only networks --deepsparse ~/deepsparse/bin/python --openvino ~/openvino/bin/python
+    python benchmarks/inference.py --only networks --trained iks-demo/sparse.iks --arch iks_plugin.demo.edsr:EDSR
 
-- networks: EDSR with 90 % zeros in its body alone, and in the upsampler too, against PyTorch in both layouts of memory,
-  with and without torch.compile, and against ONNX Runtime, OpenVINO and DeepSparse where they are installed.
+- networks: EDSR with 90 % zeros in its body alone, and in the upsampler too, and trained networks, against PyTorch in
+  both layouts of memory, with and without torch.compile, and against ONNX Runtime, OpenVINO and DeepSparse at float32.
+  DeepSparse needs older packages than PyTorch does: an engine runs by the interpreter that its option names.
 - layers: 64 -> 64 convolutions with 3 x 3 kernels at 192 x 320, alone, and each of a chain of 16 with ReLU.
-- sweep: chains of four convolutions at many sparsities, widths, sizes and threads: packed is never to be slower.
+- sweep: chains of convolutions of many sparsities, widths, sizes and threads: packed is never to be slower.
 - memory: the peak of a whole process that upscales to 1920 x 1080 (Linux only).
 
-All that are compared run in turn in one process; medians count, and ratios more than times.
+All that are compared take turns within one run, with equally many threads. A turn begins with a run that does not
+count; medians do, and ratios more than times. Outputs that differ from the dense network's end the benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
+import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,21 +31,30 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from edsr import EDSR, SIZES, table
+from inference_worker import ENGINES
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import iks_plugin
 from iks_plugin import fast
+from iks_plugin.architecture import load_network, parsed_arguments
+from iks_plugin.runtime import Packed
 
 SIZE = "16x64"
 IMAGE = (180, 320)
 LARGE = (540, 960)
+LARGEST_ERROR = 1e-4
+"""By which an output may differ from the dense network's, relative to the largest value."""
+
+Way = Callable[[int], "list[float]"]
+"""Runs so many times and returns the seconds of each."""
 
 
 def prune(model: nn.Module, zeros: float, names: tuple[str, ...]) -> nn.Module:
@@ -56,136 +72,230 @@ def edsr(zeros: float, upsampler: bool) -> nn.Module:
     return prune(EDSR(*SIZES[SIZE]), zeros, names)
 
 
-def in_turn(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median of the seconds that each takes; the first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
+def packed_copy(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", iks_plugin.IksWarning)  # without zeros nothing is packed
+        return iks_plugin.pack(copy.deepcopy(model))
+
+
+def zeros_in(packed: nn.Module) -> float:
+    weights = [module.packed_weight for module in packed.modules() if isinstance(module, Packed)]
+    return sum(weight.zeros for weight in weights) / max(1, sum(weight.shape.numel() for weight in weights))
+
+
+def timed(act: Callable[[], object]) -> Way:
+    def way(runs: int) -> list[float]:
+        seconds = []
+        for _ in range(runs):
             start = time.perf_counter()
-            way()
-            if number:
-                times[name].append(time.perf_counter() - start)
+            act()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return way
+
+
+def in_turn(ways: dict[str, Way], rounds: int, least: float = 0.0) -> dict[str, float]:
+    """The median of the seconds that each takes, in turns of at least so many seconds.
+
+    What takes seconds for a single run has three rounds only.
+    """
+    first = {name: way(2)[-1] for name, way in ways.items()}  # the first of all runs may compile and measure
+    runs = {name: 1 + math.ceil(least / seconds) if least else 2 for name, seconds in first.items()}
+    if max(first.values()) > 2:
+        rounds = min(rounds, 3)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(statistics.median(way(runs[name])[1:]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def torch_ways(model: nn.Module, image: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:
+def torch_acts(model: nn.Module, image: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     image_last = image.to(memory_format=torch.channels_last)
-    ways: dict[str, Callable[[], Tensor]] = {
+    acts: dict[str, Callable[[], Tensor]] = {
         "PyTorch, NCHW": lambda: model(image),
         "PyTorch, channels_last": lambda: last(image_last),
     }
     if compiled:
+        torch._dynamo.reset()
         fused, fused_last = torch.compile(model), torch.compile(last)
-        ways["PyTorch compiled, NCHW"] = lambda: fused(image)
-        ways["PyTorch compiled, channels_last"] = lambda: fused_last(image_last)
-    return ways
+        acts["PyTorch compiled, NCHW"] = lambda: fused(image)
+        acts["PyTorch compiled, channels_last"] = lambda: fused_last(image_last)
+    return acts
 
 
-def engine_ways(model: nn.Module, image: Tensor, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Other engines, each if it is installed."""
-    path, numbers = str(folder / "network.onnx"), image.numpy()
+class Peer:
+    """Another engine, in a process of its own, which stands still while it is not its turn."""
+
+    def __init__(self, engine: str, python: str, folder: Path) -> None:
+        output = folder / f"{engine}.npy"
+        worker = Path(__file__).with_name("inference_worker.py")
+        files = (folder / "network.onnx", folder / "image.npy", output)
+        self._command = list(map(str, [python, "-I", worker, engine, *files, torch.get_num_threads()]))
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.name = str(self._answer())
+        except BaseException:
+            self.close()
+            raise
+        self.output = torch.from_numpy(np.load(output))
+        self._signal("SIGSTOP")
+
+    def __call__(self, runs: int) -> list[float]:
+        assert self._process.stdin is not None
+        self._signal("SIGCONT")
+        self._process.stdin.write(f"run {runs}\n")
+        self._process.stdin.flush()
+        seconds: list[float] = self._answer()
+        self._signal("SIGSTOP")  # its threads may look for work for a while, on cores that others need
+        return seconds
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(self._command)} has ended")
+        return json.loads(line)
+
+    def _signal(self, name: str) -> None:
+        number = getattr(signal, name, None)  # not on Windows
+        if number is not None:
+            self._process.send_signal(number)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def peers(model: nn.Module, image: Tensor, pythons: dict[str, str], stack: ExitStack) -> Iterator[Peer]:
+    """The engines that there are interpreters for, ready to run `model`; closed with the stack."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    np.save(folder / "image.npy", image.numpy())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        path = str(folder / "network.onnx")
         torch.onnx.export(model, (image,), path, input_names=["image"], opset_version=11, dynamo=False)
-    threads = torch.get_num_threads()
-    try:
-        import onnxruntime
+    for engine, python in pythons.items():
+        peer = Peer(engine, python, folder)
+        stack.callback(peer.close)
+        yield peer
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        yield f"ONNX Runtime {onnxruntime.__version__}", lambda: session.run(None, {"image": numbers})
-    except ImportError:
-        print("ONNX Runtime is not installed", file=sys.stderr)
-    try:
-        import openvino
 
-        core = openvino.Core()
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        network = core.compile_model(path, "CPU", settings)
-        yield f"OpenVINO {openvino.__version__.split('-')[0]}", lambda: network([numbers])
-    except ImportError:
-        print("OpenVINO is not installed", file=sys.stderr)
-    try:
-        import deepsparse
-
-        engine = deepsparse.compile_model(path, batch_size=1, num_cores=threads)
-        yield f"DeepSparse {deepsparse.__version__}", lambda: engine([np.ascontiguousarray(numbers)])
-    except ImportError:
-        print("DeepSparse is not installed", file=sys.stderr)
+def error_of(output: Tensor, expected: Tensor, name: str) -> float:
+    """The largest difference, of the largest output. One that is too large ends the benchmark."""
+    if output.shape != expected.shape:
+        raise SystemExit(f"{name}: the output has shape {tuple(output.shape)} instead of {tuple(expected.shape)}")
+    error = float((output - expected).abs().max() / expected.abs().max())
+    if not error <= LARGEST_ERROR:
+        raise SystemExit(f"{name}: the output differs from the dense network's by {error:.1e} of the largest value")
+    return error
 
 
 @torch.no_grad()
-def measure_networks(rounds: int, compiled: bool) -> list[dict[str, Any]]:
+def measure_network(model: nn.Module, rounds: int, compiled: bool, pythons: dict[str, str]) -> list[dict[str, Any]]:
+    image = torch.rand(1, 3, *IMAGE, generator=torch.Generator().manual_seed(0))
+    packed, expected = packed_copy(model), model(image)
+    with ExitStack() as stack:
+        acts = {"iks-plugin": lambda: packed(image), **torch_acts(model, image, compiled)}
+        errors = {name: error_of(act(), expected, name) for name, act in acts.items()}
+        ways: dict[str, Way] = {name: timed(act) for name, act in acts.items()}
+        if pythons:
+            for peer in peers(model, image, pythons, stack):
+                errors[peer.name], ways[peer.name] = error_of(peer.output, expected, peer.name), peer
+        seconds = in_turn(ways, rounds)
+    ratios = {name: value / seconds["iks-plugin"] for name, value in seconds.items()}
+    return [
+        {"engine": name, "ms": 1000 * seconds[name], "ratio": ratios[name], "error": errors[name]} for name in seconds
+    ]
+
+
+def measure_networks(
+    rounds: int, compiled: bool, pythons: dict[str, str], trained: dict[str, nn.Module], masks: bool
+) -> list[dict[str, Any]]:
+    """`trained` networks by name, and random masks, the other engines for 90 % only."""
     rows = []
-    for scope, upsampler in (("body", False), ("body and upsampler", True)):
+    scopes = (("body", False), ("body and upsampler", True)) if masks else ()
+    for scope, upsampler in scopes:
         for zeros in (0.8, 0.9, 0.95):
-            model, image = edsr(zeros, upsampler), torch.rand(1, 3, *IMAGE)
-            packed = iks_plugin.pack(copy.deepcopy(model))
-            expected = model(image)
-            error = float((packed(image) - expected).abs().max() / expected.abs().max())
-            ways: dict[str, Callable[[], Any]] = {"iks-plugin": lambda packed=packed, image=image: packed(image)}
-            ways |= torch_ways(model, image, compiled and zeros == 0.9)
-            with tempfile.TemporaryDirectory() as folder:
-                if zeros == 0.9:
-                    ways |= dict(engine_ways(model, image, Path(folder)))
-                seconds = in_turn(ways, rounds)
-            for name, value in seconds.items():
-                ratio = value / seconds["iks-plugin"]
-                rows.append({"scope": scope, "zeros": zeros, "engine": name, "ms": 1000 * value, "ratio": ratio})
-            rows[-len(seconds)]["error"] = error
+            whole = zeros == 0.9
+            found = measure_network(edsr(zeros, upsampler), rounds, compiled and whole, pythons if whole else {})
+            rows += [{"scope": scope, "zeros": zeros, **row} for row in found]
+    for name, model in trained.items():
+        zeros = zeros_in(packed_copy(model))
+        rows += [{"scope": name, "zeros": zeros, **row} for row in measure_network(model, rounds, compiled, pythons)]
     return rows
 
 
+def chain(count: int, channels: int, zeros: float) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(count) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
+    return prune(nn.Sequential(*layers), zeros, ("",))
+
+
 @torch.no_grad()
+def measure_chain(model: nn.Module, image: Tensor, rounds: int) -> dict[str, Any]:
+    """Packed against the faster of PyTorch's layouts."""
+    packed = packed_copy(model)
+    acts = torch_acts(model, image, compiled=False)
+    error = error_of(packed(image), model(image), "iks-plugin")
+    ways = {"packed": timed(lambda: packed(image)), **{name: timed(act) for name, act in acts.items()}}
+    seconds = in_turn(ways, rounds, least=0.03)
+    layout = min(acts, key=seconds.__getitem__)
+    return {
+        "dense ms": 1000 * seconds[layout],
+        "packed ms": 1000 * seconds["packed"],
+        "ratio": seconds[layout] / seconds["packed"],
+        "layout": layout.removeprefix("PyTorch, "),
+        "path": "/".join(sorted(set(fast.paths(packed).values()))) or "nothing packed",
+        "error": error,
+    }
+
+
 def measure_layers(rounds: int) -> list[dict[str, Any]]:
     rows = []
     image = torch.rand(1, 64, 192, 320)
     for count in (1, 16):
         for zeros in (0.5, 0.6, 0.8, 0.9, 0.95):
-            layers = [layer for _ in range(count) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]
-            model = prune(nn.Sequential(*layers), zeros, ("",))
-            packed = iks_plugin.pack(copy.deepcopy(model))
-            ways: dict[str, Callable[[], Any]] = {"packed": lambda packed=packed: packed(image)}
-            ways |= torch_ways(model, image, compiled=False)
-            seconds = in_turn(ways, rounds)
-            dense = min(value for name, value in seconds.items() if name != "packed")
-            path = set(fast.paths(packed).values())
-            rows.append(
-                {
-                    "layers": count,
-                    "zeros": zeros,
-                    "dense ms": 1000 * dense / count,
-                    "packed ms": 1000 * seconds["packed"] / count,
-                    "ratio": dense / seconds["packed"],
-                    "path": "/".join(sorted(path)),
-                }
-            )
+            row = measure_chain(chain(count, 64, zeros), image, rounds)
+            per_layer = {name: row[name] / count for name in ("dense ms", "packed ms")}
+            rows.append({"layers": count, "zeros": zeros, **row, **per_layer})
     return rows
 
 
-@torch.no_grad()
-def measure_sweep(rounds: int) -> list[dict[str, Any]]:
+SWEEP = {
+    "channels": (16, 64, 256),
+    "sizes": ((17, 23), (90, 160), (360, 640)),
+    "zeros": (0.0, 0.3, 0.5, 0.7, 0.9, 0.99),
+    "layers": (4,),
+}
+FULL_SWEEP = {
+    "channels": (16, 32, 64, 128, 256),
+    "sizes": ((17, 23), (45, 80), (90, 160), (180, 320), (360, 640)),
+    "zeros": (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
+    "layers": (1, 4),
+}
+
+
+def measure_sweep(rounds: int, full: bool) -> list[dict[str, Any]]:
     rows = []
-    cases = [
-        (threads, channels, size, zeros)
-        for threads in (1, torch.get_num_threads())
-        for channels in (16, 64, 256)
-        for size in ((17, 23), (90, 160), (360, 640))
-        for zeros in (0.1, 0.5, 0.7, 0.9, 0.99)
-        if channels * size[0] * size[1] < 1.5e7
-    ]
     most = torch.get_num_threads()
-    for threads, channels, size, zeros in tqdm(cases, desc="sweep", disable=None):
+    grid: dict[str, Any] = FULL_SWEEP if full else SWEEP
+    cases = [
+        (threads, layers if channels * height * width < 1.5e7 else 1, channels, (height, width), zeros)
+        for threads in sorted({1, most})
+        for channels in grid["channels"]
+        for height, width in grid["sizes"]
+        for layers in grid["layers"]
+        for zeros in grid["zeros"]
+    ]
+    for threads, layers, channels, size, zeros in tqdm(list(dict.fromkeys(cases)), desc="sweep", disable=None):
         torch.set_num_threads(threads)
-        layers = [layer for _ in range(4) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
-        model, image = prune(nn.Sequential(*layers), zeros, ("",)), torch.rand(1, channels, *size)
-        packed = iks_plugin.pack(copy.deepcopy(model))
-        seconds = in_turn({"packed": lambda: packed(image), **torch_ways(model, image, compiled=False)}, rounds)  # noqa: B023
-        dense = min(value for name, value in seconds.items() if name != "packed")
-        ratio = dense / seconds["packed"]
-        rows.append({"threads": threads, "channels": channels, "size": size, "zeros": zeros, "ratio": ratio})
+        row = measure_chain(chain(layers, channels, zeros), torch.rand(1, channels, *size), rounds)
+        rows.append(
+            {"threads": threads, "layers": layers, "channels": channels, "size": size, "zeros": zeros} | row,
+        )
     torch.set_num_threads(most)
     return rows
 
@@ -215,7 +325,7 @@ print(peak() - before - output.nbytes)
 
 def measure_memory(rounds: int) -> list[dict[str, Any]]:
     """Bytes by which a process grows while it upscales to 1920 x 1080, beyond the output."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, packed in (("dense PyTorch", False), ("packed", True)):
         code = ACT.format(here=str(Path(__file__).parent), size=LARGE, packed=packed)
         runs = [int(subprocess.check_output([sys.executable, "-c", code]).split()[-1]) for _ in range(rounds)]
@@ -225,50 +335,104 @@ def measure_memory(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def print_networks(rows: list[dict[str, Any]], markdown: bool) -> None:
+    cells = [
+        (row["scope"], f"{row['zeros']:.0%}", row["engine"], f"{row['ms']:.0f}", f"{row['ratio']:.2f}",
+         f"{row['error']:.0e}")
+        for row in rows
+    ]  # fmt: skip
+    heads = ("zeros in", "zeros", "engine", "ms", "times iks-plugin's", "differs by")
+    print(table(heads, cells, markdown), "\n")
+
+
+def print_layers(rows: list[dict[str, Any]], markdown: bool) -> None:
+    cells = [
+        (row["layers"], f"{row['zeros']:.0%}", f"{row['dense ms']:.2f}", f"{row['packed ms']:.2f}",
+         f"{row['ratio']:.2f}", row["path"], row["layout"])
+        for row in rows
+    ]  # fmt: skip
+    heads = ("layers", "zeros", "dense ms a layer", "packed ms a layer", "times as fast", "runs as", "dense as")
+    print(table(heads, cells, markdown), "\n")
+
+
+def print_sweep(rows: list[dict[str, Any]], markdown: bool) -> None:
+    slower = sum(row["ratio"] < 1 for row in rows)
+    clearly = sum(row["ratio"] < 0.95 for row in rows)
+    print(f"{len(rows)} cases; packed is slower in {slower}, by more than 5 % in {clearly}. Times as fast, by zeros:")
+    cells: list[tuple[object, ...]] = []
+    for zeros in dict.fromkeys(row["zeros"] for row in rows):
+        ratios = sorted(row["ratio"] for row in rows if row["zeros"] == zeros)
+        numbers = (ratios[0], statistics.median(ratios), ratios[-1])
+        cells.append((f"{zeros:.0%}", len(ratios), *(f"{number:.2f}" for number in numbers)))
+    print(table(("zeros", "cases", "least", "median", "most"), cells, markdown), "\n")
+    print("where packed gains least:")
+    cells = [
+        (row["threads"], row["layers"], row["channels"], "x".join(map(str, row["size"])), f"{row['zeros']:.0%}",
+         f"{row['dense ms']:.2f}", f"{row['packed ms']:.2f}", f"{row['ratio']:.2f}", row["path"], row["layout"])
+        for row in sorted(rows, key=lambda row: row["ratio"])[:12]
+    ]  # fmt: skip
+    heads = ("threads", "layers", "channels", "size", "zeros", "dense ms", "packed ms", "times as fast", "runs as",
+             "dense as")  # fmt: skip
+    print(table(heads, cells, markdown), "\n")
+
+
+def print_memory(rows: list[dict[str, Any]], markdown: bool) -> None:
+    cells = [(row["process"], f"{row['bytes'] / 1e6:.0f}", f"{row['of dense']:.3f}") for row in rows]
+    print(table(("process", "MB beyond the output", "of dense"), cells, markdown))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("networks", "layers", "sweep", "memory")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="(default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for all (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    for engine in ENGINES:
+        help = f"interpreter that has {engine} (default: this one, if it has; '' for none)"
+        parser.add_argument(f"--{engine}", metavar="PYTHON", default=None, help=help)
+    help = "compact files or checkpoints to measure as well"
+    parser.add_argument("--trained", metavar="FILE", type=Path, nargs="+", default=[], help=help)
+    help = "their class (default: the demo's EDSR)"
+    parser.add_argument("--arch", metavar="ARCH", default="iks_plugin.demo.edsr:EDSR", help=help)
+    parser.add_argument("--arch-args", metavar="KEY=VALUE", nargs="+", default=[], help="as for `iks bench`")
+    parser.add_argument("--no-masks", action="store_true", help="measure the trained networks alone")
+    parser.add_argument("--full", action="store_true", help="a sweep of 900 cases instead of 108, which takes hours")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--json", type=Path, help="write the figures here as well, after each part")
     options = parser.parse_args()
-    figures: dict[str, Any] = {}
+    torch.set_num_threads(options.threads)
+    pythons = {}
+    for engine in ENGINES:
+        given: str | None = getattr(options, engine)
+        if given is None:
+            given = sys.executable if importlib.util.find_spec(engine) is not None else ""
+        if given:
+            pythons[engine] = given
+        elif "networks" in options.only:
+            print(f"{engine} is left out: name an interpreter that has it with --{engine}", file=sys.stderr)
+    arguments = parsed_arguments(options.arch_args)
+    trained = {
+        f"trained: {path}": load_network(path, options.arch, arguments, packed=False)[0] for path in options.trained
+    }
+    figures: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    if "networks" in options.only:
-        rows = figures["networks"] = measure_networks(options.rounds, not options.no_compile)
-        cells = [
-            (row["scope"], f"{row['zeros']:.0%}", row["engine"], f"{row['ms']:.0f}", f"{row['ratio']:.2f}")
-            for row in rows
-        ]
-        print(table(("zeros in", "zeros", "engine", "ms", "times iks-plugin's"), cells, options.markdown), "\n")
-        print("largest difference, of the largest output:", f"{max(row.get('error', 0) for row in rows):.0e}\n")
-    if "layers" in options.only:
-        rows = figures["layers"] = measure_layers(options.rounds)
-        cells = [
-            (row["layers"], f"{row['zeros']:.0%}", f"{row['dense ms']:.2f}", f"{row['packed ms']:.2f}",
-             f"{row['ratio']:.2f}", row["path"])
-            for row in rows
-        ]  # fmt: skip
-        heads = ("layers", "zeros", "dense ms a layer", "packed ms a layer", "times as fast", "runs as")
-        print(table(heads, cells, options.markdown), "\n")
-    if "sweep" in options.only:
-        rows = figures["sweep"] = measure_sweep(max(3, options.rounds // 2))
-        worst = sorted(rows, key=lambda row: row["ratio"])[:8]
-        print(f"{len(rows)} cases; the eight in which packed gains least:")
-        cells = [
-            (row["threads"], row["channels"], "x".join(map(str, row["size"])), f"{row['zeros']:.0%}",
-             f"{row['ratio']:.2f}")
-            for row in worst
-        ]  # fmt: skip
-        print(table(("threads", "channels", "size", "zeros", "times as fast"), cells, options.markdown), "\n")
-    if "memory" in options.only:
-        rows = figures["memory"] = measure_memory(3)
-        cells = [(row["process"], f"{row['bytes'] / 1e6:.0f}", f"{row['of dense']:.3f}") for row in rows]
-        print(table(("process", "MB beyond the output", "of dense"), cells, options.markdown))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "networks": lambda: measure_networks(
+            options.rounds, not options.no_compile, pythons, trained, not options.no_masks
+        ),
+        "layers": lambda: measure_layers(options.rounds),
+        "sweep": lambda: measure_sweep(max(3, options.rounds // 2), options.full),
+        "memory": lambda: measure_memory(3),
+    }
+    show = {"networks": print_networks, "layers": print_layers, "sweep": print_sweep, "memory": print_memory}
+    for part in parts:
+        if part in options.only:
+            figures[part] = measure[part]()
+            show[part](figures[part], options.markdown)
+            sys.stdout.flush()
+            if options.json:
+                options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

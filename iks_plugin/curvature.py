@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import eager
 from .layers import Gated
 
 _POSITIONS = 2048
@@ -62,11 +63,13 @@ class CurvatureWatcher:
             self._gradients.clear()
             self._names = {id(layer): name for name, layer in self._layers().items()}
             self._handle = nn.modules.module.register_module_forward_hook(self._on_forward)
+            eager.hold(self)
 
     def stop(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            eager.let_go(self)
 
     def unfinished(self) -> dict[str, list[Tensor]]:
         """What this process has measured so far, on the CPU; empty while it is switched off."""

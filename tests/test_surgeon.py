@@ -269,6 +269,33 @@ def test_what_goes_to_fewer_zeros_is_as_good_as_zero_too() -> None:
     assert iks_plugin.report(model).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("interval", [5, 10])
+def test_compiled_models_are_measured_and_compiled_again_afterwards(interval: int) -> None:
+    torch._dynamo.reset()
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20, interval=interval)
+    optimizer = torch.optim.Adam(model.parameters())
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            calls.append(controller.steps)
+            return graph(*arguments)
+
+        return call
+
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(30):
+        compiled(torch.rand(1, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if controller.steps == 20:
+            assert set(controller._curvature.found()) == set(gated_layers(model))
+    assert {0, 10, 25, 29} <= set(calls) if interval == 10 else {0, 5, 25, 29} <= set(calls)
+    if hasattr(torch.compiler, "set_stance"):
+        assert not {7, 8, 9} & set(calls)
+
+
 def test_gradients_that_overflow_are_not_measured() -> None:
     model = toys.plain_sr()
     iks_plugin.sparsify(model, 0.8, ramp_steps=1)

@@ -1,0 +1,134 @@
+"""One training at several sparsities, beside trainings of their own: as Markdown and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from iks_plugin.files import whole_file
+
+from ..edsr import table
+from .dial import DIAL, DialRow
+from .networks import NETWORKS
+from .pictures import new_figure, save_figure
+from .results import Measured, Row, read_rows
+
+
+@dataclass(frozen=True)
+class Dial:
+    """What one setting of one network gives; each maps a sparsity to the PSNR of its seeds.
+
+    Attributes:
+        at_once: without further steps.
+        further: with `more_steps` further steps.
+        separate: trained for that sparsity, with the same seeds and settings.
+    """
+
+    network: str
+    method: str
+    trained_at: float
+    lr: float
+    ramp: float
+    more_steps: int
+    at_once: dict[float, list[float]]
+    further: dict[float, list[float]]
+    separate: dict[float, list[float]]
+
+
+def dials(rows: Sequence[DialRow], table_rows: Sequence[Row]) -> list[Dial]:
+    """The dials in `rows`, with the trainings of the table to compare with."""
+    found = []
+    for key in dict.fromkeys(_key(row) for row in rows):
+        own = [row for row in rows if _key(row) == key]
+        setting = key[:2] + key[3:]
+        for more_steps in sorted({row.more_steps for row in own} - {0}):
+            seeds = {row.seed for row in own if row.more_steps == more_steps}
+            same = [row for row in own if row.seed in seeds]
+            trained = [
+                row
+                for row in table_rows
+                if (row.network, row.method, row.lr, row.ramp) == setting and row.seed in seeds
+            ]
+            at_once = _by_sparsity(row for row in same if row.more_steps == 0)
+            further = _by_sparsity(row for row in same if row.more_steps == more_steps)
+            found.append(Dial(*key, more_steps, at_once, further, _by_sparsity(trained)))
+    return found
+
+
+def _key(row: DialRow) -> tuple[str, str, float, float, float]:
+    return row.network, row.method, row.trained_at, row.lr, row.ramp
+
+
+def _by_sparsity(rows: Iterable[Measured]) -> dict[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    for row in sorted(rows, key=lambda row: row.sparsity):
+        found.setdefault(row.sparsity, []).append(row.psnr)
+    return found
+
+
+def write_dial_report(out: Path, table_rows: Sequence[Row]) -> list[Path]:
+    """Write dial.md and a picture for each dial, if there is any; return what was written."""
+    found = dials(read_rows(out / DIAL, DialRow), table_rows)
+    if not found:
+        return []
+    written = [out / "dial.md"]
+    with whole_file(written[0]) as path:
+        path.write_text("\n\n".join(["# One training, dialled", *map(markdown, found)]) + "\n", encoding="utf-8")
+    for dial in found:
+        method = "".join(letter if letter.isalnum() else "-" for letter in dial.method)
+        settings = f"{method}_{dial.trained_at:g}_lr{dial.lr:g}_ramp{dial.ramp:g}_steps{dial.more_steps}"
+        written.append(out / f"{dial.network}_dial_{settings}.png")
+        plot(dial, written[-1])
+    return written
+
+
+def markdown(dial: Dial) -> str:
+    """A line for each sparsity."""
+    title = NETWORKS[dial.network].title if dial.network in NETWORKS else dial.network
+    seeds = max(map(len, dial.at_once.values()))
+    rows = []
+    for sparsity in sorted(dial.at_once):
+        once, more, own = (part.get(sparsity) for part in (dial.at_once, dial.further, dial.separate))
+        rows.append([f"{sparsity:g}", _value(once), _value(more), _value(own), _gap(once, own), _gap(more, own)])
+    heads = [
+        "sparsity",
+        "dialled",
+        f"+ {dial.more_steps} steps",
+        "trained for it",
+        "dialled - trained",
+        f"+ {dial.more_steps} steps - trained",
+    ]
+    text = (
+        f"## {title}, {dial.method} trained at {dial.trained_at:g}\n\n"
+        f"Steps as in report.md (lr {dial.lr:g}, ramp {dial.ramp:g}), {seeds} seeds; PSNR in dB, mean and "
+        "standard deviation over seeds."
+    )
+    return f"{text}\n\n{table(heads, rows, markdown=True)}"
+
+
+def _value(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _gap(values: list[float] | None, others: list[float] | None) -> str:
+    return f"{fmean(values) - fmean(others):+.2f}" if values and others else ""
+
+
+def plot(dial: Dial, path: Path) -> None:
+    """PSNR over sparsity, three lines."""
+    figure, axes = new_figure()
+    lines = {
+        f"trained at {dial.trained_at:g}, dialled": dial.at_once,
+        f"and {dial.more_steps} steps more": dial.further,
+        "trained for it": dial.separate,
+    }
+    for label, values in lines.items():
+        axes.plot(list(values), [fmean(value) for value in values.values()], marker="o", label=label)
+    axes.set_xlabel("share of zeros")
+    axes.set_ylabel("PSNR in dB (Y)")
+    axes.set_title(NETWORKS[dial.network].title if dial.network in NETWORKS else dial.network)
+    save_figure(figure, axes, path)

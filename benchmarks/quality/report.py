@@ -1,0 +1,152 @@
+"""The table as Markdown and as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from iks_plugin import IksError
+from iks_plugin.files import whole_file
+
+from ..edsr import table
+from .dial_report import write_dial_report
+from .networks import NETWORKS
+from .pictures import log_sizes, new_figure, save_figure
+from .results import Row, read_rows
+from .summary import Entry, best_other, dense_of, differences, is_ours, summarise
+from .table import RESULTS
+
+HIGH = 0.9
+"""From here on a sparsity counts as high."""
+
+
+def write_report(out: Path) -> list[Path]:
+    """Write report.md and two pictures for each network beside the results in `out`; return what was written.
+
+    Raises:
+        IksError: there are no results, or matplotlib is missing (report.md is written by then).
+    """
+    rows = read_rows(out / RESULTS, Row)
+    if not rows:
+        raise IksError(f"{out / RESULTS} has no rows yet: run a table first, with --out {out}")
+    entries = summarise(rows)
+    written = [out / "report.md"]
+    with whole_file(written[0]) as path:
+        path.write_text(markdown(rows, entries), encoding="utf-8")
+    return written + plot_all(entries, out) + write_dial_report(out, rows)
+
+
+def markdown(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
+    """The whole report."""
+    first = rows[0]
+    torches = ", ".join(sorted({row.torch for row in rows}))
+    lines = [
+        "# Quality at equal steps",
+        "",
+        f"Dense networks of {first.dense_steps:,} steps (Adam, {first.dense_lr:g}, cosine), then {first.steps:,} more "
+        f"steps for every method, on batches of {first.batch} crops of {first.patch} x {first.patch}. Images "
+        f"{first.data}, {first.device}, {first.precision}, torch {torches}. PSNR in dB and SSIM of the Y channel, mean "
+        "over the test images, borders of the scale's width cut off; mean and standard deviation over seeds, of "
+        "differences those of the same seed. Every method is at its best setting.",
+    ]
+    for network in dict.fromkeys(entry.network for entry in entries):
+        lines += ["", f"## {NETWORKS[network].title if network in NETWORKS else network}", ""]
+        lines += [overview(entries, network), "", details(entries, network)]
+    return "\n".join(lines) + "\n"
+
+
+def overview(entries: Sequence[Entry], network: str) -> str:
+    """Methods by sparsities: PSNR, and what ours gains over the best other one."""
+    own = [entry for entry in entries if entry.network == network]
+    sparsities = sorted({entry.sparsity for entry in own if entry.sparsity})
+    methods = list(dict.fromkeys(entry.method for entry in own if entry.sparsity))
+    by_place = {(entry.method, entry.sparsity): entry for entry in own}
+    dense = dense_of(entries, network)
+    rows: list[list[str]] = []
+    if dense is not None:
+        rows.append(["dense", *[_value(dense)] * len(sparsities)])
+    for method in methods:
+        rows.append([method, *(_value(by_place.get((method, sparsity))) for sparsity in sparsities)])
+    others = {sparsity: best_other(entries, network, sparsity) for sparsity in sparsities}
+    for method in filter(is_ours, methods):
+        ours = {sparsity: by_place.get((method, sparsity)) for sparsity in sparsities}
+        if dense is not None:
+            rows.append([f"{method} - dense", *(_gain(ours[s], dense) for s in sparsities)])
+        names = {s: f" ({other.method})" if other and ours[s] else "" for s, other in others.items()}
+        rows.append([f"{method} - best other", *(_gain(ours[s], others[s]) + names[s] for s in sparsities)])
+    text = table(["sparsity", *(f"{sparsity:g}" for sparsity in sparsities)], rows, markdown=True)
+    for method in filter(is_ours, methods):
+        pairs = [(by_place.get((method, s)), others[s]) for s in sparsities if s >= HIGH]
+        gaps = [differences(ours, other)[0] for ours, other in pairs if ours is not None and other is not None]
+        if gaps:
+            text += f"\n\n{method} - best other, mean over sparsities of {HIGH:g} and above: {fmean(gaps):+.3f} dB"
+    return text
+
+
+def details(entries: Sequence[Entry], network: str) -> str:
+    """A line for each entry."""
+    dense = dense_of(entries, network)
+    rows = [
+        [
+            entry.method,
+            f"{entry.sparsity:g}",
+            _value(entry),
+            _gain(entry, dense) if entry.sparsity else "",
+            f"{entry.ssim:.4f}",
+            f"{entry.reached:.4%}",
+            f"{entry.bytes:,.0f}",
+            str(len(entry.rows)),
+            f"{entry.setting}; of {len(entry.tried)}",
+        ]
+        for entry in entries
+        if entry.network == network
+    ]
+    heads = ["method", "sparsity", "PSNR", "to dense", "SSIM", "zeros", "file bytes", "seeds", "best setting"]
+    return table(heads, rows, markdown=True)
+
+
+def _value(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    return f"{entry.mean:.2f}" if math.isnan(entry.spread) else f"{entry.mean:.2f} ± {entry.spread:.2f}"
+
+
+def _gain(entry: Entry | None, other: Entry | None) -> str:
+    if entry is None or other is None:
+        return ""
+    mean, spread = differences(entry, other)
+    return f"{mean:+.2f}" if math.isnan(spread) else f"{mean:+.2f} ± {spread:.2f}"
+
+
+def plot_all(entries: Sequence[Entry], out: Path) -> list[Path]:
+    """PSNR over sparsity, and over the size of the file, for each network."""
+    written = []
+    for network in dict.fromkeys(entry.network for entry in entries):
+        for over in ("sparsity", "size"):
+            path = out / f"{network}_psnr_over_{over}.png"
+            plot(entries, network, over, path)
+            written.append(path)
+    return written
+
+
+def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
+    """One picture: a line for each method, bars of one standard deviation, the dense network as a level."""
+    figure, axes = new_figure()
+    own = [entry for entry in entries if entry.network == network]
+    dense = dense_of(entries, network)
+    if dense is not None:
+        axes.axhline(dense.mean, color="0.5", linestyle="--", label="dense")
+    for method in dict.fromkeys(entry.method for entry in own if entry.sparsity):
+        line = sorted((entry for entry in own if entry.method == method), key=lambda entry: entry.sparsity)
+        x = [entry.sparsity if over == "sparsity" else entry.bytes / 1000 for entry in line]
+        spread = [0.0 if math.isnan(entry.spread) else entry.spread for entry in line]
+        width = 2.5 if is_ours(method) else 1.2
+        axes.errorbar(x, [entry.mean for entry in line], spread, marker="o", capsize=3, linewidth=width, label=method)
+    axes.set_xlabel("share of zeros" if over == "sparsity" else "compact file in kB (float32)")
+    if over == "size":
+        log_sizes(axes)
+    axes.set_ylabel("PSNR in dB (Y)")
+    axes.set_title(NETWORKS[network].title if network in NETWORKS else network)
+    save_figure(figure, axes, path)
