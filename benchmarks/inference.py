@@ -236,17 +236,20 @@ def chain(count: int, channels: int, zeros: float) -> nn.Module:
 
 @torch.no_grad()
 def measure_chain(model: nn.Module, image: Tensor, rounds: int) -> dict[str, Any]:
-    """Packed against the faster of PyTorch's layouts."""
+    """Packed against PyTorch, each with images in the layout that it is faster with: here they have many channels."""
+    dense = torch_acts(model, image, compiled=False)
     packed = packed_copy(model)
-    acts = torch_acts(model, image, compiled=False)
-    error = error_of(packed(image), model(image), "iks-plugin")
-    ways = {"packed": timed(lambda: packed(image)), **{name: timed(act) for name, act in acts.items()}}
-    seconds = in_turn(ways, rounds, least=0.03)
-    layout = min(acts, key=seconds.__getitem__)
+    packed_last = packed_copy(copy.deepcopy(model).to(memory_format=torch.channels_last))
+    image_last = image.to(memory_format=torch.channels_last)
+    ours = {"packed, NCHW": lambda: packed(image), "packed, channels_last": lambda: packed_last(image_last)}
+    error = max(error_of(act(), dense["PyTorch, NCHW"](), "iks-plugin") for act in ours.values())
+    seconds = in_turn({name: timed(act) for name, act in (ours | dense).items()}, rounds, least=0.03)
+    layout = min(dense, key=seconds.__getitem__)
+    fastest = min(seconds[name] for name in ours)
     return {
         "dense ms": 1000 * seconds[layout],
-        "packed ms": 1000 * seconds["packed"],
-        "ratio": seconds[layout] / seconds["packed"],
+        "packed ms": 1000 * fastest,
+        "ratio": seconds[layout] / fastest,
         "layout": layout.removeprefix("PyTorch, "),
         "path": "/".join(sorted(set(fast.paths(packed).values()))) or "nothing packed",
         "error": error,

@@ -263,8 +263,10 @@ class Packed(Swapped):
     packed_weight: PackedWeight
 
     def _get_weight(self) -> Tensor:
-        self._check_mode()
-        return self.packed_weight.ready()
+        if self.training:
+            self._check_mode()
+        weight: PackedWeight = self._modules["packed_weight"]  # type: ignore[assignment]  # sooner than by the attribute
+        return weight.ready()
 
     def _check_mode(self) -> None:
         if self.training and torch.is_grad_enabled():
@@ -279,8 +281,8 @@ class Packed(Swapped):
     weight = property(_get_weight, _set_weight, doc="The dense weight, made of the packed one.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weight = self.packed_weight
-        is_large = weight.shape.numel() > _LARGE and not weight.is_kept and getattr(self, "groups", None) == 1
+        weight: PackedWeight = self._modules["packed_weight"]  # type: ignore[assignment]
+        is_large = not weight.is_kept and weight.shape.numel() > _LARGE and getattr(self, "groups", None) == 1
         if is_large and original_class(self).forward in _PLAIN_FORWARDS:
             return self._forward_in_parts(*args, **kwargs)
         return super().forward(*args, **kwargs)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -327,6 +329,55 @@ def test_the_fastest_way_is_taken(model: nn.Module, way: str, monkeypatch: pytes
     kept = [module._kept for module in model.modules() if isinstance(module, PackedWeight)]
     layouts = {weight.memory_format for weight in kept if weight is not None}
     assert layouts == ({fast._LAYOUTS[way]} if way in fast._LAYOUTS else set())
+
+
+def test_the_ways_are_tried_in_turn_and_the_choice_stays(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def fastest(ways: dict[str, Callable[[], object]]) -> str:
+        for _ in range(2):
+            for name, way in ways.items():
+                tried.append(name)
+                way()
+        return "stream"
+
+    monkeypatch.setattr(fast, "_fastest", fastest)
+    with torch.no_grad():
+        for _ in range(3):
+            model(IMAGE)
+    assert tried == ["stream", "contiguous", "channels_last"] * 2
+
+
+def test_images_are_tried_in_their_layout(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    run = fast.Streams._run
+
+    def look(*given: Any) -> Any:
+        seen.append(given[-1].is_contiguous())
+        return run(*given)
+
+    monkeypatch.setattr(fast.Streams, "_run", look)
+    with torch.no_grad():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            seen.clear()
+            model(IMAGE.to(memory_format=memory_format))
+            assert set(seen) == {memory_format == torch.contiguous_format}
+
+
+def test_what_compiles_first_is_not_taken_for_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"stream": [9.0, 0.1, 0.1], "contiguous": [0.2], "channels_last": [0.5], "torch": [0.01, 0.2]}
+    calls: list[str] = []
+    ways = {name: functools.partial(calls.append, name) for name in seconds}
+
+    def run(act: Callable[[], object]) -> float:
+        act()
+        left = seconds[calls[-1]]
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    monkeypatch.setattr(fast, "_seconds", run)
+    assert fast._fastest(ways) == "stream"
+    assert calls.count("channels_last") == 1  # far behind; but what takes a moment gets a second run
+    assert calls.count("torch") == 2
 
 
 def test_kept_weights_stay_right(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -79,12 +81,14 @@ class DialJob:
         model.to(budget.device)
         start = time.perf_counter()
         layers = counted_layers(model)
-        train_case(model, layers, self.case, budget, images, tick)
+        method = train_case(model, layers, self.case, budget, images, tick)
+        assert isinstance(method, IKS)
         measure = partial(self._measure, tuple(layers), budget, images)
         rows = [measure(model, self.case.sparsity, 0, start)]
         for index, target in enumerate(self.targets):
             start = time.perf_counter()
-            rows.append(measure(model, target, 0, start))
+            with _dialled(model, method.controller, target):
+                rows.append(measure(model, target, 0, start))
             done = budget.steps + index * self.more_steps(budget)
             further = self._train_on(model, target, budget, images, _counting_from(done, tick))
             rows.append(measure(further, target, self.more_steps(budget), start))
@@ -121,6 +125,18 @@ class DialJob:
             layers = {name: model.get_submodule(name) for name in names}
             row = make_row(case, budget, model, layers, score, time.perf_counter() - start, "")
         return DialRow(**asdict(row), trained_at=self.case.sparsity, more_steps=more_steps)
+
+
+@contextmanager
+def _dialled(model: nn.Module, controller: iks_plugin.SparsityController, target: float) -> Iterator[None]:
+    """`model` at another sparsity for a while."""
+    trained, usual = copy.deepcopy(model.state_dict()), controller.target_sparsity
+    controller.target_sparsity = target
+    try:
+        yield
+    finally:
+        controller.target_sparsity = usual
+        model.load_state_dict(trained)
 
 
 def _counting_from(done: int, tick: Tick) -> Tick:
