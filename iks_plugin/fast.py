@@ -169,10 +169,9 @@ def _fastest(ways: dict[str, Callable[[], object]]) -> str:
         if len(times) == 1 or times[name] < max(2.5 * min(times.values()), _SHORT):
             times[name] = _seconds(act)
     for _ in range(4):
-        best = min(times.values())
-        for name, act in ways.items():
-            if times[name] < 1.5 * best and times[name] < 0.5:
-                times[name] = min(times[name], _seconds(act))
+        rivals = [name for name in ways if times[name] < min(0.5, 1.5 * min(times.values()))]
+        for name in rivals if len(rivals) > 1 else ():
+            times[name] = min(times[name], _seconds(ways[name]))
     return min(times, key=times.__getitem__)
 
 
