@@ -144,10 +144,11 @@ class SparsityController:
     def _on_optimizer_begin(self) -> None:
         """Remember the weights whose step is to become longer."""
         self._before.clear()
-        if isinstance(self._law, laws.SurgeonLaw):
+        law = self._law
+        if isinstance(law, laws.SurgeonLaw):
             layers = self._gated_left()
             if self._factors is None:
-                self._factors = {name: laws.update_factor(1 - _share_of_zeros(layer)) for name, layer in layers.items()}
+                self._factors = {name: law.update_factor(1 - _share_of_zeros(layer)) for name, layer in layers.items()}
             for name, layer in layers.items():
                 if self._factors[name] != 1:
                     self._before[name] = (layer.raw_weight.detach().clone(), self._factors[name])

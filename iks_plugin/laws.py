@@ -76,6 +76,10 @@ class SurgeonLaw(ExactLaw):
         ahead = range(step + 1, step + 1 + MEASURED_STEPS)
         return any(self.acts_at(later) and later <= self.ramp_steps for later in ahead)
 
+    def update_factor(self, density: float) -> float:
+        """By how much the steps of a layer become longer of whose weights so many are left, in (0, 1]."""
+        return float(min(LONGEST_UPDATE, max(density, 1e-9) ** -UPDATE_POWER))
+
 
 @dataclass(frozen=True)
 class PaperLaw:
@@ -113,11 +117,6 @@ def make_law(
     if name == "obs":
         return SurgeonLaw(ramp_steps, interval or max(1, ramp_steps // SURGEON_ACTIONS), total_steps)
     return ExactLaw(ramp_steps, interval or EXACT_INTERVAL, total_steps)
-
-
-def update_factor(density: float) -> float:
-    """By how much the law "obs" makes the steps of a layer longer of whose weights so many are left, in (0, 1]."""
-    return float(min(LONGEST_UPDATE, max(density, 1e-9) ** -UPDATE_POWER))
 
 
 def critical_shifts(weight: Tensor, threshold: Tensor) -> Tensor:

@@ -103,13 +103,13 @@ def is_ours(method: str) -> bool:
 
 
 def best_other(entries: Iterable[Entry], network: str, sparsity: float) -> Entry | None:
-    """The best entry of a method that is not ours."""
+    """The best entry of a method that is not ours, whole or without a part."""
     others = [
         entry
         for entry in entries
         if entry.network == network
         and entry.sparsity == sparsity
-        and not is_ours(entry.method)
+        and entry.method.partition(":")[0] not in (OURS, "iks-without")
         and not math.isnan(entry.mean)
     ]
     return max(others, key=lambda entry: entry.mean, default=None)

@@ -15,6 +15,7 @@ from .issp import ISSP
 from .oneshot import OneShot
 from .rigl import RigL
 from .str_ import STR
+from .without import IKSWithout
 
 __all__ = ["METHODS", "Method", "Schedule", "make_method", "method_class"]
 
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "rigl": RigL,
     "iks-paper": IKSPaper,
     "iks": IKS,
+    "iks-without": IKSWithout,
 }
 
 

@@ -1,0 +1,55 @@
+"""Our law without one of its parts, to see what that is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from iks_plugin import IksError, laws
+from iks_plugin.curvature import Curvature
+from iks_plugin.surgeon import damped
+
+from .base import Schedule
+from .iks import IKS
+
+
+class EqualSteps(laws.SurgeonLaw):
+    """All layers step as far as the optimizer says."""
+
+    def update_factor(self, density: float) -> float:
+        return 1.0
+
+
+def on_their_own(known: Curvature) -> Curvature:
+    """H made diagonal with the same 1 / [H^-1]_ii: the same scores, and nothing for the others to take over."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(known.inputs)))
+    return Curvature(torch.diag_embed(inverse.diagonal(dim1=-2, dim2=-1).reciprocal()), known.gradients)
+
+
+def by_magnitude(known: Curvature) -> Curvature:
+    """H the identity and E[g^2] one everywhere: |w| as the score, and nothing for the others to take over."""
+    identity: Tensor = torch.eye(known.inputs.shape[-1]).expand_as(known.inputs).clone()
+    return Curvature(identity, torch.ones_like(known.gradients))
+
+
+CHANGES: dict[str, Callable[[Curvature], Curvature]] = {"takeover": on_their_own, "curvature": by_magnitude}
+
+
+@dataclass
+class IKSWithout(IKS):
+    """`iks` without a part: "steps" of different length, the others' "takeover", or all "curvature" (by magnitude)."""
+
+    part: str = "steps"
+
+    def start(self, model: nn.Module, layers: dict[str, nn.Module], target: float, schedule: Schedule) -> None:
+        if self.part != "steps" and self.part not in CHANGES:
+            raise IksError(f"iks-without: expected part=steps, {' or '.join(CHANGES)}, got {self.part!r}")
+        super().start(model, layers, target, schedule)
+        if self.part == "steps":
+            self.controller._law = EqualSteps(**asdict(self.controller._law))
+            return
+        change, found = CHANGES[self.part], self.controller._curvature.found
+        self.controller._curvature.found = lambda: {name: change(known) for name, known in found().items()}  # type: ignore[method-assign]
