@@ -119,6 +119,7 @@ def compare_cost(place: Workplace, opt: dict[str, Any], iterations: int, rounds:
     opt["network_g"].update(num_feat=64, num_block=16)
     opt["datasets"]["train"].update(batch_size_per_gpu=16, gt_size=96)
     opt["train"].update(total_iter=iterations)
+    opt["iks"].update(interval=10**6)  # the law's actions, as many in every training, are in training_cost.py
     opt["logger"].update(print_freq=LINES, save_checkpoint_freq=10**6)
     opt["val"] = None
     ratios, seconds = [], {"dense": 0.0, "sparse": 0.0}

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from . import eager
 from .layers import Gated
 
-_POSITIONS = 2048
-"""Output pixels of a batch that are looked at in one step."""
+_POSITIONS = 512
+"""Output pixels of a batch that are looked at in one step: few in many steps say more than many in few."""
 _LARGEST = 1152
 """Rows of the largest matrix: wider layers are taken as parts of so many inputs, each by itself."""
-_MEMORY = 0.5
-"""Share of what was measured before in a new mean."""
+_MEMORY = 12
+"""Backward passes that a mean reaches back, about."""
 
 
 @dataclass
@@ -54,13 +54,11 @@ class CurvatureWatcher:
         self._layers = layers
         self._handle: Any = None
         self._names: dict[int, str] = {}
-        self._inputs: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._means: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def start(self) -> None:
         if self._handle is None:
-            self._inputs.clear()
-            self._gradients.clear()
+            self._means.clear()
             self._names = {id(layer): name for name, layer in self._layers().items()}
             self._handle = nn.modules.module.register_module_forward_hook(self._on_forward)
             eager.hold(self)
@@ -75,17 +73,22 @@ class CurvatureWatcher:
         """What this process has measured so far, on the CPU; empty while it is switched off."""
         if self._handle is None:
             return {}
-        return {name: [self._inputs[name].cpu().clone(), self._gradients[name].cpu().clone()] for name in self._inputs}
+        return {
+            name: [inputs.cpu().clone(), gradients.cpu().clone(), torch.tensor(count)]
+            for name, (inputs, gradients, count) in self._means.items()
+        }
 
     def resume(self, unfinished: Mapping[str, Sequence[Tensor]]) -> None:
         """Go on with what another watcher has measured, if this one is switched on."""
         if self._handle is not None:
-            self._inputs = {name: inputs.clone() for name, (inputs, _) in unfinished.items()}
-            self._gradients = {name: gradients.clone() for name, (_, gradients) in unfinished.items()}
+            self._means = {
+                name: (inputs.clone(), gradients.clone(), int(count))
+                for name, (inputs, gradients, count) in unfinished.items()
+            }
 
     def found(self) -> dict[str, Curvature]:
         """What has been measured of each layer that took part; in a distributed training the mean over all of it."""
-        found = {name: Curvature(inputs, self._gradients[name]) for name, inputs in self._inputs.items()}
+        found = {name: Curvature(inputs, gradients) for name, (inputs, gradients, _) in self._means.items()}
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return found
         shared: list[Any] = [None] * dist.get_world_size()
@@ -118,14 +121,15 @@ class CurvatureWatcher:
         moments = patches.transpose(-1, -2) @ patches / patches.shape[-2]
         channel = channel_dimension(layer)
         gradients = gradient.square().movedim(channel, -1).flatten(0, -2).mean(0) * _pixels(layer, shape)
-        if bool(moments.isfinite().all() & gradients.isfinite().all()):  # scaled gradients overflow now and then
-            _add(self._inputs, name, moments)
-            _add(self._gradients, name, gradients)
-
-
-def _add(means: dict[str, Tensor], name: str, new: Tensor) -> None:
-    known = means.get(name)
-    means[name] = new if known is None else known.to(new.device) * _MEMORY + new * (1 - _MEMORY)
+        if not bool(moments.isfinite().all() & gradients.isfinite().all()):
+            return  # scaled gradients overflow now and then
+        inputs_before, gradients_before, count = self._means.get(name, (moments, gradients, 0))
+        count = min(count + 1, _MEMORY)
+        self._means[name] = (
+            torch.lerp(inputs_before.to(moments.device), moments, 1 / count),
+            torch.lerp(gradients_before.to(gradients.device), gradients, 1 / count),
+            count,
+        )
 
 
 def channel_dimension(layer: nn.Module) -> int:

@@ -25,10 +25,11 @@ EXACT_INTERVAL = 10
 """Steps between two actions of the exact law: at most 1 % of a training step is spent on them."""
 SURGEON_ACTIONS = 25
 """Actions of the law "obs" within its ramp."""
-MEASURED_STEPS = 3
+MEASURED_STEPS = 12
 """Training steps before each of them in which the curvature is measured."""
-UPDATE_POWER = 1.0
-"""The law "obs" makes a layer's steps longer by its density to the power of -UPDATE_POWER, ..."""
+UPDATE_POWER = 0.5
+"""The law "obs" makes a layer's steps longer by its density to the power of -UPDATE_POWER, as fewer weights that
+make up an output of the same variance are larger (He et al. 2015), ..."""
 LONGEST_UPDATE = 20.0
 """... but by this factor at most."""
 CLOSED = 8.0

@@ -59,7 +59,7 @@ def test_few_of_many_pixels_are_looked_at() -> None:
     layer, image = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 200, 200)
     patches = patches_of(layer, image, layer(image).shape)
     assert patches is not None
-    assert 1500 < patches.shape[2] < 3000
+    assert 400 < patches.shape[2] < 800
 
 
 def moments_for(n: int, seed: int) -> Tensor:
@@ -191,7 +191,8 @@ def test_steps_are_longer_where_few_weights_are_left() -> None:
 
 
 @pytest.mark.parametrize(
-    ("density", "factor"), [(1.0, 1.0), (0.5, 2.0), (0.1, 10.0), (0.01, laws.LONGEST_UPDATE), (0, laws.LONGEST_UPDATE)]
+    ("density", "factor"),
+    [(1.0, 1.0), (0.25, 2.0), (0.01, 10.0), (0.001, laws.LONGEST_UPDATE), (0, laws.LONGEST_UPDATE)],
 )
 def test_update_factor(density: float, factor: float) -> None:
     assert laws.SurgeonLaw(10, 1, None).update_factor(density) == pytest.approx(factor)
@@ -221,13 +222,13 @@ def test_nothing_is_measured_when_nothing_is_due() -> None:
     gc.collect()  # models of other tests
     assert not global_hooks()
     model = toys.plain_sr()
-    controller = iks_plugin.sparsify(model, 0.8, law="obs", ramp_steps=20, interval=10)
+    controller = iks_plugin.sparsify(model, 0.8, law="obs", ramp_steps=40, interval=20)
     optimizer = torch.optim.Adam(model.parameters())
     found = []
-    for _ in range(30):
+    for _ in range(60):
         found.append(global_hooks())
         toys.train(model, optimizer, 1)
-    assert found == [int(step in (7, 8, 9, 17, 18, 19)) for step in range(30)]
+    assert found == [int(8 <= step < 20 or 28 <= step < 40) for step in range(60)]
     other = toys.plain_sr()
     iks_plugin.sparsify(other, 0.8, law="obs", ramp_steps=1)
     assert global_hooks() == 1
@@ -270,12 +271,11 @@ def test_what_goes_to_fewer_zeros_is_as_good_as_zero_too() -> None:
     assert iks_plugin.report(model).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-@pytest.mark.parametrize("interval", [5, 10])
-def test_compiled_models_are_measured_and_compiled_again_afterwards(interval: int) -> None:
+def test_compiled_models_are_measured_and_compiled_again_afterwards() -> None:
     gc.collect()  # models of other tests
     torch._dynamo.reset()
     model = toys.plain_sr()
-    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20, interval=interval)
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=40, interval=20)
     optimizer = torch.optim.Adam(model.parameters())
     calls = []
 
@@ -287,15 +287,15 @@ def test_compiled_models_are_measured_and_compiled_again_afterwards(interval: in
         return call
 
     compiled = torch.compile(model, backend=backend)
-    for _ in range(30):
+    for _ in range(50):
         compiled(torch.rand(1, 3, 8, 8)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if controller.steps == 20:
+        if controller.steps == 40:
             assert set(controller._curvature.found()) == set(gated_layers(model))
-    assert {0, 10, 25, 29} <= set(calls) if interval == 10 else {0, 5, 25, 29} <= set(calls)
+    assert {0, 7, 20, 27, 40, 49} <= set(calls)
     if hasattr(torch.compiler, "set_stance"):
-        assert not {7, 8, 9} & set(calls)
+        assert not set(range(8, 20)) & set(calls)
 
 
 def test_gradients_that_overflow_are_not_measured() -> None:
