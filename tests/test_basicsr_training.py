@@ -292,13 +292,18 @@ def ema_of_gated_weights(folder: Path, opt: dict[str, Any]) -> dict[str, torch.T
     """By hand: the mean of the networks after every iteration, weighted as BasicSR weighs them."""
     decay, mean = opt["train"]["ema_decay"], None
     for iteration in range(1, opt["train"]["total_iter"] + 1):
-        net = toys.saved(folder, f"{iteration}.state", "training_states")["iks"]["networks"]["net_g"]["network"]
-        gated = {}
-        for name, value in net.items():
-            threshold = net.get(name.replace("weight", "threshold")) if name.endswith("weight") else None
-            gated[name] = value if threshold is None else soft_threshold(value, threshold)
+        gated = gated_weights_after(iteration, folder)
         mean = gated if mean is None else {n: decay * mean[n] + (1 - decay) * gated[n] for n in gated}
     return mean
+
+
+def gated_weights_after(iteration: int, folder: Path) -> dict[str, torch.Tensor]:
+    net = toys.saved(folder, f"{iteration}.state", "training_states")["iks"]["networks"]["net_g"]["network"]
+    gated = {}
+    for name, value in net.items():
+        threshold = net.get(name.replace("weight", "threshold")) if name.endswith("weight") else None
+        gated[name] = value if threshold is None else soft_threshold(value, threshold)
+    return gated
 
 
 def test_the_ema_copy_averages_what_the_network_is(tmp_path):
@@ -312,10 +317,10 @@ def test_the_ema_copy_averages_what_the_network_is(tmp_path):
     weight_of_start = 0.9**30
     got = toys.saved(tmp_path, "30.state", "training_states")["iks"]["networks"]["net_g_ema"]["network"]
     kept = toys.saved(tmp_path, "net_g_30.pth")["params_ema"]
+    first = gated_weights_after(1, tmp_path)
     for name in ("body.0.conv1.weight", "upsample.0.weight", "conv_first.weight", "conv_last.bias"):
         # `expected` counts the first network fully, BasicSR's copy starts as the one before it
-        first = toys.saved(tmp_path, "1.state", "training_states")["iks"]["networks"]["net_g"]["network"][name]
-        mean = expected[name] + weight_of_start * (start[name] - first)
+        mean = expected[name] + weight_of_start * (start[name] - first[name])
         torch.testing.assert_close(got[name], mean, rtol=1e-3, atol=2e-5)
         survivors = kept[name] != 0
         torch.testing.assert_close(kept[name][survivors], got[name][survivors])

@@ -23,11 +23,11 @@ from .networks import make_network, work_per_step
 from .progress import Progress
 from .results import Measured, read_rows, write_rows
 from .scores import evaluate
-from .settings import Budget, Case
+from .settings import Budget
 from .table import locked, run_jobs
 from .training import Tick, train
 from .trial import counted_layers, make_row, train_case
-from .workers import DenseJob, Job, Place
+from .workers import CaseJob, Job, Place
 
 DIAL = "dial.csv"
 
@@ -46,27 +46,18 @@ class DialRow(Measured):
 
 
 @dataclass(frozen=True)
-class DialJob:
+class DialJob(CaseJob):
     """Train our method once at the sparsity of `case`, then take `targets` from it.
 
     Attributes:
         share: further steps as a share of those of the budget.
     """
 
-    case: Case
     targets: tuple[float, ...]
     share: float
 
     def __str__(self) -> str:
         return f"{self.case}, dialled"
-
-    @property
-    def network(self) -> str:
-        return self.case.network
-
-    @property
-    def start(self) -> DenseJob:
-        return DenseJob(self.case.network, self.case.seed)
 
     def more_steps(self, budget: Budget) -> int:
         return max(1, round(self.share * budget.steps))

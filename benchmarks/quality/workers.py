@@ -56,13 +56,10 @@ class DenseJob:
 
 
 @dataclass(frozen=True)
-class RowJob:
-    """Train and measure one row."""
+class CaseJob:
+    """What starts from the dense network of a case."""
 
     case: Case
-
-    def __str__(self) -> str:
-        return str(self.case)
 
     @property
     def network(self) -> str:
@@ -71,6 +68,14 @@ class RowJob:
     @property
     def start(self) -> DenseJob:
         return DenseJob(self.case.network, self.case.seed)
+
+
+@dataclass(frozen=True)
+class RowJob(CaseJob):
+    """Train and measure one row."""
+
+    def __str__(self) -> str:
+        return str(self.case)
 
     def steps(self, budget: Budget) -> int:
         return budget.steps
