@@ -33,7 +33,7 @@ from iks_plugin.demo.edsr import EDSR
 from iks_plugin.laws import MEASURED_STEPS, SURGEON_ACTIONS
 
 KINDS = ("dense", "rewritten")
-ACTIONS, PAUSE = 5, 8
+ACTIONS, PAUSE = 3, MEASURED_STEPS + 8
 """Of the short ramp: how often the law acts, and the steps from one time to the next."""
 CROP, SCALE = 48, 2
 
