@@ -211,7 +211,13 @@ def test_ctrl_c_stops_all_processes_and_they_make_the_same_rows(data: Path, whol
         "0.9",
     ]
     command += ["--jobs", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "results.csv").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
