@@ -234,4 +234,4 @@ def _agree(layers: Mapping[str, Gated]) -> None:
     for layer in layers.values():
         for tensor in (layer.raw_weight, layer.threshold, getattr(layer, "bias", None)):
             if tensor is not None:
-                dist.broadcast(tensor.data, 0)
+                dist.broadcast(tensor, 0)  # not its `.data`: gloo's thread must not be the last to hold it
