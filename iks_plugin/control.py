@@ -53,7 +53,7 @@ class SparsityController:
         self._steps = 0
         self._start: float | None = None
         self._curvature = CurvatureWatcher(self._gated_left)
-        self._before: dict[str, tuple[Tensor, float]] = {}
+        self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._factors: dict[str, float] | None = None
         self._watcher = OptimizerWatcher(self._watched, self._on_optimizer_begin, self._on_optimizer_step)
         self._watched_a_step = False
@@ -151,14 +151,13 @@ class SparsityController:
                 self._factors = {name: law.update_factor(1 - _share_of_zeros(layer)) for name, layer in layers.items()}
             for name, layer in layers.items():
                 if self._factors[name] != 1:
-                    self._before[name] = (layer.raw_weight.detach().clone(), self._factors[name])
+                    self._before.append((layer.raw_weight, layer.raw_weight.detach().clone(), self._factors[name]))
 
     @torch.no_grad()
     def _on_optimizer_step(self) -> None:
-        for name, layer in self._gated_left().items():
-            if name in self._before:
-                before, factor = self._before.pop(name)
-                layer.raw_weight.lerp_(before, 1 - factor)  # before + factor * (after - before)
+        for weight, before, factor in self._before:
+            weight.lerp_(before, 1 - factor)  # before + factor * (after - before)
+        self._before.clear()
         self._watched_a_step = True
         self._count_step()
 

@@ -119,8 +119,9 @@ class CurvatureWatcher:
         if patches is None:
             return
         moments = patches.transpose(-1, -2) @ patches / patches.shape[-2]
-        channel = channel_dimension(layer)
-        gradients = gradient.square().movedim(channel, -1).flatten(0, -2).mean(0) * _pixels(layer, shape)
+        channel = channel_dimension(layer) % gradient.ndim
+        others = [dimension for dimension in range(gradient.ndim) if dimension != channel]
+        gradients = gradient.square().mean(others) * _pixels(layer, shape)
         if not bool(moments.isfinite().all() & gradients.isfinite().all()):
             return  # scaled gradients overflow now and then
         inputs_before, gradients_before, count = self._means.get(name, (moments, gradients, 0))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .curvature import Curvature
+from .curvature import Curvature, parts_of
 from .laws import CLOSED
 from .layers import Gated
 from .measure import zeros_in
@@ -88,14 +88,14 @@ def scores_of(layer: Gated, weight: Tensor, curvature: Curvature) -> Tensor:
     spread = inverse.diagonal(dim1=-2, dim2=-1)[..., :n].clamp(min=1e-30).rsqrt()  # (groups, parts, n)
     rows = _rows(layer, weight.float().abs(), None) * spread.unsqueeze(2)
     rows = rows * curvature.gradients.view(len(rows), 1, -1, 1).clamp(min=0).sqrt()
-    return _unrows(layer, rows, weight.shape)
+    return _unrows(rows, weight.shape)
 
 
-def damped(inputs: Tensor) -> Tensor:
+def damped(inputs: Tensor, share: float = DAMPING) -> Tensor:
     """H: the second moments with a little more on the diagonal."""
     mean = inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
     identity = torch.eye(inputs.shape[-1], device=inputs.device)
-    return inputs + (DAMPING * mean + 1e-12)[..., None, None] * identity
+    return inputs + (share * mean + 1e-12)[..., None, None] * identity
 
 
 def _factor(matrices: Tensor) -> Tensor:
@@ -104,17 +104,13 @@ def _factor(matrices: Tensor) -> Tensor:
     factors, failed = torch.linalg.cholesky_ex(matrices)
     more = DAMPING
     while bool(failed.any()):
-        mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        identity = torch.eye(matrices.shape[-1], device=matrices.device)
-        factors, failed = torch.linalg.cholesky_ex(matrices + more * mean * identity)
+        factors, failed = torch.linalg.cholesky_ex(damped(matrices, more))
         more *= 10
     return factors
 
 
 def _rows(layer: Gated, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The weight as (groups, parts, outputs of a group, n), with the bias behind where it belongs to the solution."""
-    from .curvature import parts_of
-
     groups, parts = getattr(layer, "groups", 1), parts_of(layer)
     rows = weight.reshape(groups, weight.shape[0] // groups, parts, -1).permute(0, 2, 1, 3)
     if bias is not None:
@@ -122,7 +118,7 @@ def _rows(layer: Gated, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows
 
 
-def _unrows(layer: Gated, rows: Tensor, shape: torch.Size) -> Tensor:
+def _unrows(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.permute(0, 2, 1, 3).reshape(shape)
 
 
@@ -141,7 +137,7 @@ def _operate(layer: Gated, weight: Tensor, stays: Tensor, curvature: Curvature |
         if bias is not None:
             bias.copy_(solved[..., -1].reshape(bias.shape))
             solved = solved[..., :-1]
-        weight = _unrows(layer, solved, weight.shape)
+        weight = _unrows(solved, weight.shape)
     raw, threshold = layer.raw_weight, layer.threshold
     cut = torch.sigmoid(threshold.float())
     opened = weight.float() + torch.sign(weight.float()) * cut
