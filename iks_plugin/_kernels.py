@@ -30,6 +30,7 @@ from ._vectors import (
     tile_1,
     tile_2,
     tile_4,
+    tile_4_of_8,
     tile_8,
     tile_10,
     transpose,
@@ -37,24 +38,37 @@ from ._vectors import (
 
 _VECTOR = np.int64(4 * LANES)
 
-VALUE_FIELDS = ("address", "channels", "pieces", "halo", "rows", "above", "height", "width", "factor")
-"""Of each value: where it is; channels; vectors of a row without halo; halo; rows kept; zero rows kept above and below
-the image; size of the image; rows for each row of the segment's input."""
-V_ADDRESS, V_CHANNELS, V_PIECES, V_HALO, V_ROWS, V_ABOVE, V_HEIGHT, V_WIDTH, V_FACTOR = range(len(VALUE_FIELDS))
+VALUE_FIELDS = ("address", "channels", "pieces", "halo", "rows", "above", "height", "width", "factor", "border")
+"""Of each value: where it is; channels; vectors of a row without halo; halo; rows kept; rows kept above and below the
+image; size of the image; rows for each step through the image; what lies around the image."""
+V_ADDRESS, V_CHANNELS, V_PIECES, V_HALO, V_ROWS, V_ABOVE, V_HEIGHT, V_WIDTH, V_FACTOR, V_BORDER = range(
+    len(VALUE_FIELDS)
+)
 
 OP_FIELDS = (
-    *("kind", "source", "other", "target", "kernel", "dilation", "groups", "block"),
-    *("values", "index", "pointers", "bias", "slope", "address", "place"),
+    *("kind", "source", "other", "target", "height", "width", "step_y", "step_x", "stride_y", "stride_x"),
+    *("top", "left", "above", "below", "groups", "scale", "from", "place", "count"),
+    *("block", "values", "index", "pointers", "bias", "slope", "address"),
 )
-"""Of each operation: what it does to which values, and where its numbers are."""
+"""Of each operation: what it does to which values; a convolution's kernel, dilation, stride, and how far its kernel
+begins above and left of a pixel; rows that it reads above and below; groups; how many times larger its image gets;
+the channels that it copies; and where its numbers are."""
 (
-    O_KIND, O_SOURCE, O_OTHER, O_TARGET, O_KERNEL, O_DILATION, O_GROUPS, O_BLOCK,
-    O_VALUES, O_INDEX, O_POINTERS, O_BIAS, O_SLOPE, O_ADDRESS, O_PLACE,
+    O_KIND, O_SOURCE, O_OTHER, O_TARGET, O_HEIGHT, O_WIDTH, O_STEP_Y, O_STEP_X, O_STRIDE_Y, O_STRIDE_X,
+    O_TOP, O_LEFT, O_ABOVE, O_BELOW, O_GROUPS, O_SCALE, O_FROM, O_PLACE, O_COUNT,
+    O_BLOCK, O_VALUES, O_INDEX, O_POINTERS, O_BIAS, O_SLOPE, O_ADDRESS,
 ) = range(len(OP_FIELDS))  # fmt: skip
 
-READ, CONVOLVE, DENSE, COMBINE, SHUFFLE, COPY, WRITE, KEEP = range(8)
+READ, CONVOLVE, DENSE, COMBINE, SHUFFLE, REPEAT, COPY, WRITE, KEEP = range(9)
 """Kinds of operations: take rows of an image in; convolve, activate and add, by the non-zeros or by all weights; the
-same without a convolution; pixel shuffle; copy channels; give rows of an image out; keep rows for a later program."""
+same without a convolution; pixel shuffle; repeat pixels; copy channels; give rows of an image out; keep rows for a
+later program."""
+
+ZEROS, REFLECTED, REPLICATED = range(3)
+"""What lies around an image, as torch's padding modes have it."""
+
+_FAR = 1 << 58
+"""Beyond all rows."""
 
 
 def _compiled(**options):
@@ -95,10 +109,18 @@ def _channel(value, row, channel):
     return _row(value, row) + (channel * vectors + value[V_HALO]) * (4 * LANES)
 
 
+@njit(inline="always")
+def _inside(place, size, border):
+    """The row or column of an image that counts for one outside of it; those too far out count for nothing."""
+    if border == REFLECTED:
+        place = -place if place < 0 else 2 * (size - 1) - place if place >= size else place
+    return min(max(place, 0), size - 1)
+
+
 @njit
 def _close_row(value, row, first, last):
-    """Zero the pixels beyond the image's width and fill the halo of a row's channels that have just been written."""
-    pieces, halo, width = value[V_PIECES], value[V_HALO], value[V_WIDTH]
+    """Fill the pixels beyond the image's width and the halo of a row's channels that have just been written."""
+    pieces, halo, width, border = value[V_PIECES], value[V_HALO], value[V_WIDTH], value[V_BORDER]
     vectors = pieces + 2 * halo
     address = _row(value, row)
     data = _floats(address, value[V_CHANNELS] * vectors * LANES)
@@ -106,10 +128,21 @@ def _close_row(value, row, first, last):
         start = (channel * vectors + halo) * LANES
         for pixel in range(width, pieces * LANES):
             data[start + pixel % pieces * LANES + pixel // pieces] = 0.0
+        if border != ZEROS:
+            for pixel in range(width, min(width + halo, pieces * LANES)):
+                from_ = _inside(pixel, width, border)
+                number = data[start + from_ % pieces * LANES + from_ // pieces]
+                data[start + pixel % pieces * LANES + pixel // pieces] = number
         for step in range(halo):
             row_at = address + 4 * start
             shift(row_at + (pieces + step - halo) * 4 * LANES, row_at + (step - halo) * 4 * LANES, True)
             shift(row_at + step * 4 * LANES, row_at + (pieces + step) * 4 * LANES, False)
+        if border != ZEROS:
+            for step in range(halo):
+                left, right = _inside(-1 - step, width, border), _inside(pieces * LANES + step, width, border)
+                data[start - (1 + step) * LANES] = data[start + left % pieces * LANES + left // pieces]
+                last_lane = start + (pieces + step) * LANES + LANES - 1
+                data[last_lane] = data[start + right % pieces * LANES + right // pieces]
 
 
 @njit
@@ -169,19 +202,22 @@ def _square(source, source_step, source_place, target, target_step, target_place
 @njit
 def _fill_table(op, source, row, table):
     """The bytes from a block's first channel in the ring to where each of its taps finds its row's first vector."""
-    height, width, dilation = op[O_KERNEL] // 65536, op[O_KERNEL] % 65536, op[O_DILATION]
+    height, width = op[O_HEIGHT], op[O_WIDTH]
     plane = (source[V_PIECES] + 2 * source[V_HALO]) * 4 * LANES
     for y in range(height):
-        start = _row(source, row + (y - height // 2) * dilation) - source[V_ADDRESS]
+        line = row * op[O_STRIDE_Y] + y * op[O_STEP_Y] - op[O_TOP]
+        if source[V_BORDER] != ZEROS:
+            line = _inside(line, source[V_HEIGHT], source[V_BORDER])
+        start = _row(source, line) - source[V_ADDRESS]
         for channel in range(op[O_BLOCK]):
             for x in range(width):
-                place = source[V_HALO] + (x - width // 2) * dilation
+                place = source[V_HALO] + x * op[O_STEP_X] - op[O_LEFT]
                 table[(channel * height + y) * width + x] = start + channel * plane + place * 4 * LANES
 
 
 @njit
 def _convolve_row(op, source, target, other, has_other, row, table):
-    groups, block, vector = op[O_GROUPS], op[O_BLOCK], 4 * LANES
+    groups, block, stride, vector = op[O_GROUPS], op[O_BLOCK], op[O_STRIDE_X], 4 * LANES
     source_plane = (source[V_PIECES] + 2 * source[V_HALO]) * vector
     target_plane = (target[V_PIECES] + 2 * target[V_HALO]) * vector
     _fill_table(op, source, row, table)
@@ -203,6 +239,8 @@ def _convolve_row(op, source, target, other, has_other, row, table):
         left = target[V_PIECES] - at
         in_eights = left == 12 or left == 16 or left == 24
         count = 10 if left >= 10 and not in_eights else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        if stride != 1:
+            count = 4 if stride == 2 and left >= 4 else 1
         for number in range(blocks):
             is_first, is_last = number == 0, number == blocks - 1
             for output in range(outputs):
@@ -211,11 +249,13 @@ def _convolve_row(op, source, target, other, has_other, row, table):
                 if begin == end and not is_first and not is_last:
                     continue
                 group = output // group_outputs if groups > 1 else np.int64(0)
-                from_ = source[V_ADDRESS] + (group * inputs + number * block) * source_plane + at * vector
+                from_ = source[V_ADDRESS] + (group * inputs + number * block) * source_plane + at * stride * vector
                 to = target_row + output * target_plane + at * vector
                 plus = other_row + output * other_plane + at * vector if has_other else np.int64(0)
                 start, bend = bias[output], slope[output]
-                if count == 10:
+                if count == 4 and stride == 2:
+                    tile_4_of_8(from_, taps, values, index, begin, end, is_first, is_last, to, plus, start, bend)
+                elif count == 10:
                     tile_10(from_, taps, values, index, begin, end, is_first, is_last, to, plus, start, bend)
                 elif count == 8:
                     tile_8(from_, taps, values, index, begin, end, is_first, is_last, to, plus, start, bend)
@@ -231,11 +271,11 @@ def _convolve_row(op, source, target, other, has_other, row, table):
 @njit
 def _convolve_row_densely(op, source, target, other, has_other, row, table):
     """With all weights, those of OUTPUTS output channels side by side: [output // OUTPUTS][tap][output % OUTPUTS]."""
-    block, vector = op[O_BLOCK], 4 * LANES
+    block, stride, vector = op[O_BLOCK], op[O_STRIDE_X], 4 * LANES
     source_plane = (source[V_PIECES] + 2 * source[V_HALO]) * vector
     target_plane = (target[V_PIECES] + 2 * target[V_HALO]) * vector
     _fill_table(op, source, row, table)
-    kernel = (op[O_KERNEL] // 65536) * (op[O_KERNEL] % 65536)
+    kernel = op[O_HEIGHT] * op[O_WIDTH]
     inputs = source[V_CHANNELS]
     blocks = -(-inputs // block)
     taps = table.ctypes.data
@@ -243,9 +283,9 @@ def _convolve_row_densely(op, source, target, other, has_other, row, table):
     at = np.int64(0)
     while at < target[V_PIECES]:
         left = target[V_PIECES] - at
-        count = DENSE_WIDTH if left >= DENSE_WIDTH else 2 if left >= 2 else 1
+        count = 1 if stride != 1 else DENSE_WIDTH if left >= DENSE_WIDTH else 2 if left >= 2 else 1
         for number in range(blocks):
-            from_ = source[V_ADDRESS] + number * block * source_plane + at * vector
+            from_ = source[V_ADDRESS] + number * block * source_plane + at * stride * vector
             used = min(block, inputs - number * block) * kernel
             for output in range(0, target[V_CHANNELS], OUTPUTS):
                 to = target_row + output * target_plane + at * vector
@@ -308,7 +348,7 @@ def _combine_row(op, source, target, other, has_other, row):
 @njit
 def _shuffle_row(op, source, target, row):
     """Pixel shuffle: the pieces of both values are cut alike, so that whole vectors change places."""
-    scale = op[O_KERNEL]
+    scale = op[O_SCALE]
     line = row % scale
     pieces = source[V_PIECES]
     for channel in range(target[V_CHANNELS]):
@@ -323,18 +363,36 @@ def _shuffle_row(op, source, target, row):
 
 
 @njit
-def _copy_row(op, source, target, row):
-    size = source[V_PIECES] * LANES
-    for channel in range(source[V_CHANNELS]):
-        result = _floats(_channel(target, row, op[O_PLACE] + channel), size)
-        result[:] = _floats(_channel(source, row, channel), size)
+def _repeat_row(op, source, target, row):
+    """Each pixel several times, side by side and below each other."""
+    scale, size = op[O_SCALE], source[V_PIECES] * LANES
+    for channel in range(target[V_CHANNELS]):
+        result = _floats(_channel(target, row, channel), size * scale)
+        numbers = _floats(_channel(source, row // scale, channel), size)
+        for piece in range(source[V_PIECES]):
+            for column in range(scale):
+                start = (piece * scale + column) * LANES
+                result[start : start + LANES] = numbers[piece * LANES : (piece + 1) * LANES]
 
 
 @njit
-def _reach(op):
-    """Rows above and below that an operation reads."""
-    convolves = op[O_KIND] == CONVOLVE or op[O_KIND] == DENSE
-    return (op[O_KERNEL] // 65536 // 2) * op[O_DILATION] if convolves else 0
+def _copy_row(op, source, target, row):
+    size = source[V_PIECES] * LANES
+    for channel in range(op[O_COUNT]):
+        result = _floats(_channel(target, row, op[O_PLACE] + channel), size)
+        result[:] = _floats(_channel(source, row, op[O_FROM] + channel), size)
+
+
+@njit(inline="always")
+def _first_read(op, row):
+    """The first row of its source that an operation reads for a row of its target."""
+    return row // op[O_SCALE] * op[O_STRIDE_Y] - op[O_ABOVE]
+
+
+@njit(inline="always")
+def _end_read(op, end):
+    """The row after the last one that it reads for the rows before `end`."""
+    return (-(-end // op[O_SCALE]) - 1) * op[O_STRIDE_Y] + op[O_BELOW] + 1
 
 
 @njit
@@ -345,15 +403,14 @@ def _needs(values, ops, step, need):
         op = ops[number]
         source = values[op[O_SOURCE]]
         if op[O_KIND] >= WRITE:
-            need[op[O_SOURCE]] = max(need[op[O_SOURCE]], (step + 1) * source[V_FACTOR])
+            upto = min((step + 1) * source[V_FACTOR], source[V_HEIGHT])
+            need[op[O_SOURCE]] = max(need[op[O_SOURCE]], upto)
             continue
-        if op[O_KIND] == READ:
+        if op[O_KIND] == READ or need[op[O_TARGET]] < -_FAR:
             continue
         upto = min(need[op[O_TARGET]], values[op[O_TARGET]][V_HEIGHT])
-        if op[O_KIND] == SHUFFLE:
-            upto = -(-upto // op[O_KERNEL])
         limit = source[V_HEIGHT] + source[V_ABOVE]
-        need[op[O_SOURCE]] = max(need[op[O_SOURCE]], min(upto + _reach(op), limit))
+        need[op[O_SOURCE]] = max(need[op[O_SOURCE]], min(_end_read(op, upto), limit))
         if op[O_OTHER] >= 0:
             need[op[O_OTHER]] = max(need[op[O_OTHER]], upto)
 
@@ -366,11 +423,9 @@ def first_rows(values, ops, begin, top):
         op = ops[number]
         if op[O_KIND] >= WRITE:
             first[op[O_SOURCE]] = min(first[op[O_SOURCE]], begin * values[op[O_SOURCE]][V_FACTOR])
-        elif op[O_KIND] != READ:
+        elif op[O_KIND] != READ and first[op[O_TARGET]] < _FAR:
             real = max(top, first[op[O_TARGET]])
-            if op[O_KIND] == SHUFFLE:
-                real = real // op[O_KERNEL]
-            first[op[O_SOURCE]] = min(first[op[O_SOURCE]], real - _reach(op))
+            first[op[O_SOURCE]] = min(first[op[O_SOURCE]], _first_read(op, real))
             if op[O_OTHER] >= 0:
                 first[op[O_OTHER]] = min(first[op[O_OTHER]], real)
     return first
@@ -386,7 +441,7 @@ def _start(values, ops, begin):
     first = first_rows(values, ops, begin, -(1 << 60))
     start = begin
     for number in range(len(values)):
-        if first[number] < 1 << 59:
+        if first[number] < _FAR:
             start = min(start, first[number] // values[number][V_FACTOR])
     return 2 * start - begin
 
@@ -407,13 +462,12 @@ def ring_rows(values, ops, begin, end):
             if op[O_KIND] == READ:
                 made[number] = max(made[number], need[op[O_TARGET]])
                 continue
+            if op[O_KIND] < WRITE and need[op[O_TARGET]] < -_FAR:  # nobody reads it
+                continue
             if op[O_KIND] >= WRITE:
                 oldest = max(step, begin) * values[op[O_SOURCE]][V_FACTOR]
             else:
-                oldest = max(0, made[number])
-                if op[O_KIND] == SHUFFLE:
-                    oldest = oldest // op[O_KERNEL]
-                oldest -= _reach(op)
+                oldest = _first_read(op, max(0, made[number]))
             newest = need[op[O_SOURCE]]
             rows[op[O_SOURCE]] = max(rows[op[O_SOURCE]], newest - oldest)
             if op[O_OTHER] >= 0:
@@ -458,7 +512,7 @@ def _band_runner(vectors):
                     if step < begin:
                         continue
                     factor = source[V_FACTOR]
-                    for row in range(step * factor, (step + 1) * factor):
+                    for row in range(step * factor, min((step + 1) * factor, source[V_HEIGHT])):
                         if kind == WRITE:
                             _write_row(op, source, row, strides[number], line)
                         else:
@@ -483,9 +537,11 @@ def _band_runner(vectors):
                         _combine_row(op, source, target, other, has_other, row)
                     elif kind == SHUFFLE:
                         _shuffle_row(op, source, target, row)
+                    elif kind == REPEAT:
+                        _repeat_row(op, source, target, row)
                     else:
                         _copy_row(op, source, target, row)
-                        begin_channel, end_channel = op[O_PLACE], op[O_PLACE] + source[V_CHANNELS]
+                        begin_channel, end_channel = op[O_PLACE], op[O_PLACE] + op[O_COUNT]
                     _close_row(target, row, begin_channel, end_channel)
                 made[number] = max(made[number], need[op[O_TARGET]])
 

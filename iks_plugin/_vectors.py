@@ -31,8 +31,11 @@ VECTOR = ir.VectorType(ir.FloatType(), LANES)
 ALIGNMENT = 4 * LANES
 
 
-def _tile(count: int) -> Callable[..., Any]:
-    """A function that computes `count` vectors of one output channel from one block of input channels."""
+def _tile(count: int, stride: int = 1) -> Callable[..., Any]:
+    """A function that computes `count` vectors of one output channel from one block of input channels.
+
+    The input's vectors are `stride` apart.
+    """
 
     @intrinsic
     def tile(
@@ -94,7 +97,8 @@ def _tile(count: int) -> Callable[..., Any]:
             offset = builder.load(builder.gep(pointer(table, i64), [tap]))
             address, weights = builder.add(source, offset), splat(weight)
             for place in range(count):
-                sums[place].add_incoming(builder.call(fma, [weights, load(address, place), sums[place]]), block["body"])
+                total = builder.call(fma, [weights, load(address, place * stride), sums[place]])
+                sums[place].add_incoming(total, block["body"])
             at.add_incoming(builder.add(at, ir.Constant(i64, 1)), block["body"])
             builder.branch(block["head"])
 
@@ -140,6 +144,7 @@ def _tile(count: int) -> Callable[..., Any]:
 
 
 tile_10, tile_8, tile_4, tile_2, tile_1 = map(_tile, (10, 8, 4, 2, 1))
+tile_4_of_8 = _tile(4, stride=2)
 
 
 @intrinsic

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IksWarning
+from .program import UnexpectedInputError
 from .runtime import Packed, PackedWeight
-from .streams import UnexpectedInputError
 from .swap import Swapped, original_class, swapped_class
 
 _STRIP = (64, 256)

@@ -11,26 +11,13 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .operations import Builder, CannotStreamError, Operations, as_channels, is_in_place, may_be_a_view, takes_channels
 from .runtime import Packed, PackedWeight
-from .streams import Program, Stream
+from .streams import Stream
 from .swap import Swapped, original_class
 
-_ADD = {operator.add, operator.iadd, torch.add}
-_SUB = {operator.sub, operator.isub, torch.sub}
-_MUL = {operator.mul, operator.imul, torch.mul}
-_DIV = {operator.truediv, operator.itruediv, torch.div}
-_RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
-_LEAKY = {F.leaky_relu, F.leaky_relu_}
-_FUNCTIONS = _ADD | _SUB | _MUL | _DIV | _RELU | _LEAKY | {F.pixel_shuffle}
-_SAME = {"contiguous", "clone", "detach", "float"}
-_METHODS = {"add": operator.add, "add_": operator.add, "sub": operator.sub, "mul": operator.mul, "mul_": operator.mul,
-            "div": operator.truediv, "relu": F.relu, "relu_": F.relu}  # fmt: skip
-
-
-_INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_, torch.relu_, F.leaky_relu_}
 _tracing = threading.Lock()
 """torch.fx changes torch.nn.Module while it traces, and knows of no other thread that does."""
 
@@ -115,14 +102,8 @@ def trace(model: nn.Module) -> list[Step] | None:
 class _Splitter:
     def __init__(self, shell: nn.Module, originals: dict[str, nn.Module]) -> None:
         self._shell, self._modules = shell, originals
+        self._operations = Operations(originals)
         self._given: dict[torch.fx.Node, Any] = {}
-        self._constants: dict[torch.fx.Node, Tensor] = {}
-
-    def constant(self, argument: Any) -> Tensor | float | None:
-        """A number or a tensor of one value or of one for each channel; None for anything else."""
-        if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-            return float(argument)
-        return self._constants.get(argument) if isinstance(argument, torch.fx.Node) else None
 
     def split(self, graph: torch.fx.Graph) -> list[Step] | None:
         self._order = {node: place for place, node in enumerate(graph.nodes)}
@@ -133,7 +114,7 @@ class _Splitter:
             if node.op == "get_attr" or self._is_converted_constant(node):
                 self._note_value(node)
                 continue
-            if self._streams(node) and not self._overwrites_what_is_read_later(node):
+            if self._operations.stream(node) and not self._shares_what_changes(node):
                 run.append(node)
                 continue
             if node.op == "placeholder":
@@ -158,7 +139,9 @@ class _Splitter:
         return True
 
     def _is_converted_constant(self, node: torch.fx.Node) -> bool:
-        return node.op == "call_method" and node.target in ("type_as", "to") and node.args[0] in self._constants
+        return (
+            node.op == "call_method" and node.target in ("type_as", "to") and node.args[0] in self._operations.constants
+        )
 
     def _note_value(self, node: torch.fx.Node) -> None:
         """Note what a node stands for that does not depend on the input."""
@@ -169,39 +152,29 @@ class _Splitter:
             except AttributeError:
                 value = find(self._shell)  # a tensor that forward makes, which tracing has put there
         else:
-            value = self._constants[node.args[0]].float()  # type: ignore[index]
+            value = self._operations.constants[node.args[0]].float()  # type: ignore[index]
         self._given[node] = value
-        if isinstance(value, Tensor) and _per_channel(value) is not None:
-            self._constants[node] = value.detach()
+        if isinstance(value, Tensor) and as_channels(value) is not None:
+            self._operations.constants[node] = value.detach()
 
-    def _streams(self, node: torch.fx.Node) -> bool:
-        if node.op == "call_module":
-            return _streaming_module(self._modules[str(node.target)])
-        function = self._function(node)
-        if function is None:
-            return False
-        if function in _SAME:
-            return len(node.args) == 1 and not node.kwargs
-        if function in _RELU:
-            return True
-        if function in _LEAKY:
-            return not set(node.kwargs) - {"negative_slope", "inplace"}
-        if function is F.pixel_shuffle:
-            return True
-        if node.kwargs or len(node.args) != 2:
-            return False
-        one, other = node.args
-        if function in _ADD:
-            return isinstance(one, torch.fx.Node)
-        if function in _SUB or function in _DIV:
-            return isinstance(one, torch.fx.Node) and self.constant(one) is None and self.constant(other) is not None
-        return function in _MUL and (self.constant(one) is None) != (self.constant(other) is None)
+    def _shares_what_changes(self, node: torch.fx.Node) -> bool:
+        """Whether an operation works in place on memory that is read afterwards by another name.
 
-    def _overwrites_what_is_read_later(self, node: torch.fx.Node) -> bool:
-        """Whether an operation works in place on memory that is read afterwards by another name."""
+        Or whether it makes a view of channels, in memory that is overwritten afterwards.
+        """
         source = node.args[0] if node.args else None
-        if not isinstance(source, torch.fx.Node) or not self._is_in_place(node):
+        if not isinstance(source, torch.fx.Node):
             return False
+        if is_in_place(node, self._modules):
+            shared = {one for one in self._sharing(source) if self._order[one] < self._order[node]}
+            return any(self._order[user] > self._order[node] for one in shared for user in one.users)
+        if takes_channels(node):
+            users = {user for one in self._sharing(node) for user in one.users}
+            return any(is_in_place(user, self._modules) and self._order[user] > self._order[node] for user in users)
+        return False
+
+    def _sharing(self, source: torch.fx.Node) -> set[torch.fx.Node]:
+        """The nodes whose values may lie in the memory of that of `source`."""
         shared, waiting = {source}, [source]
         while waiting:  # whatever was made of it may be a view of it, and it a view of what it was made of
             one = waiting.pop()
@@ -209,37 +182,13 @@ class _Splitter:
                 if other not in shared and self._may_share(other if other in one.users else one):
                     shared.add(other)
                     waiting.append(other)
-        shared = {one for one in shared if self._order[one] < self._order[node]}
-        return any(self._order[user] > self._order[node] for one in shared for user in one.users)
+        return shared
 
     def _may_share(self, node: torch.fx.Node) -> bool:
         """Whether the value of a node may lie in the memory of what it is made of."""
-        if not self._streams(node):
+        if not self._operations.stream(node):
             return node.op not in ("placeholder", "get_attr", "output")
-        if node.op == "call_module":
-            module = self._modules[str(node.target)]
-            return type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d) or bool(getattr(module, "inplace", False))
-        return self._function(node) in _SAME or self._is_in_place(node)
-
-    def _is_in_place(self, node: torch.fx.Node) -> bool:
-        if node.op == "call_module":
-            return bool(getattr(self._modules[str(node.target)], "inplace", False))
-        if node.op == "call_method":
-            return str(node.target).endswith("_")
-        return (
-            node.target in _INPLACE
-            or bool(node.kwargs.get("inplace"))
-            or (node.target in (F.relu, F.leaky_relu) and True in node.args[1:])
-        )
-
-    def _function(self, node: torch.fx.Node) -> Any:
-        if node.op == "call_function":
-            return (
-                node.target if node.target in _ADD | _SUB | _MUL | _DIV | _RELU | _LEAKY | {F.pixel_shuffle} else None
-            )
-        if node.op == "call_method":
-            return node.target if node.target in _SAME else _METHODS.get(str(node.target))
-        return None
+        return may_be_a_view(node, self._modules)
 
     def _stream_of(self, run: list[torch.fx.Node]) -> Step | None:
         inside = set(run)
@@ -247,193 +196,19 @@ class _Splitter:
             argument
             for node in run
             for argument in node.all_input_nodes
-            if argument not in inside and argument not in self._constants
+            if argument not in inside and argument not in self._operations.constants
         ]
         inputs = list(dict.fromkeys(inputs))
         outputs = [node for node in run if any(user not in inside for user in node.users)]
-        builder = _Builder(self, self._modules)
+        builder = Builder(self._operations)
         try:
             builder.read(inputs, run)
             for node in run:
                 builder.add(node)
             builder.write(outputs)
-        except _CannotStreamError:
+        except CannotStreamError:
             return None
         return Step(stream=Stream(builder.program), inputs=inputs, outputs=outputs)
-
-
-class _CannotStreamError(Exception):
-    pass
-
-
-def _per_channel(value: Tensor) -> Tensor | None:
-    """`value` as one number for each channel, or a single one; None if it is neither."""
-    if value.numel() == 1:
-        return value.detach().reshape(1)
-    if value.ndim in (3, 4) and value.numel() == value.shape[-3]:
-        return value.detach().reshape(-1)
-    return None
-
-
-def _streaming_module(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return _streaming_convolution(module)
-    if isinstance(module, nn.PReLU):
-        return type(module) is nn.PReLU
-    if type(module) in (nn.Dropout, nn.Dropout2d):
-        return not module.training
-    return type(module) in (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.PixelShuffle)
-
-
-def _streaming_convolution(module: nn.Conv2d) -> bool:
-    """A convolution of odd kernel that keeps the size of the image, with zeros around it."""
-    if (type(module).__bases__[1] if isinstance(module, Packed) else type(module)) is not nn.Conv2d:
-        return False
-    high, wide = module.kernel_size
-    padding = tuple(d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    same = module.padding in (padding, "same")
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    fits = high % 2 == 1 and wide % 2 == 1 and high * wide <= 144 and module.dilation[0] == module.dilation[1]
-    return bool(same and fits and module.stride == (1, 1) and module.padding_mode == "zeros" and not hooks)
-
-
-class _Builder:
-    """Makes a program of nodes that stream."""
-
-    def __init__(self, splitter: _Splitter, modules: dict[str, nn.Module]) -> None:
-        self.program = Program()
-        self._splitter, self._modules = splitter, modules
-        self._values: dict[torch.fx.Node, int] = {}
-
-    def read(self, inputs: list[torch.fx.Node], run: list[torch.fx.Node]) -> None:
-        from ._kernels import READ
-        from .streams import Op
-
-        for node in inputs:
-            channels = self._channels_of(node, run, set())
-            if channels is None:
-                raise _CannotStreamError
-            number = self.program.value(channels, 1)
-            self.program.ops.append(Op(READ, target=number))
-            self.program.inputs.append(number)
-            self._values[node] = number
-
-    def _channels_of(self, node: torch.fx.Node, run: list[torch.fx.Node], seen: set[torch.fx.Node]) -> int | None:
-        """How many channels a value that comes from outside has, by the first convolution that reads it."""
-        seen.add(node)
-        for user in node.users:
-            if user not in run or user in seen:
-                continue
-            module = self._modules.get(str(user.target)) if user.op == "call_module" else None
-            if isinstance(module, nn.Conv2d):
-                return int(module.in_channels)
-            if isinstance(module, nn.PixelShuffle) or self._splitter._function(user) is F.pixel_shuffle:
-                continue
-            found = self._channels_of(user, run, seen)
-            if found is not None:
-                return found
-        return None
-
-    def write(self, outputs: list[torch.fx.Node]) -> None:
-        from ._kernels import WRITE
-        from .streams import Op
-
-        for node in outputs:
-            number = self._values[node]
-            if number in self.program.inputs or number in self.program.outputs:
-                raise _CannotStreamError
-            self.program.ops.append(Op(WRITE, number))
-            self.program.outputs.append(number)
-
-    def add(self, node: torch.fx.Node) -> None:
-        if node.op == "call_module":
-            self._values[node] = self._module(self._modules[str(node.target)], self._source(node.args[0]))
-        else:
-            self._values[node] = self._function(self._splitter._function(node), node)
-
-    def _source(self, argument: Any) -> int:
-        if not isinstance(argument, torch.fx.Node) or argument not in self._values:
-            raise _CannotStreamError
-        return self._values[argument]
-
-    def _module(self, module: nn.Module, source: int) -> int:
-        from ._kernels import CONVOLVE
-
-        if isinstance(module, nn.Conv2d):
-            if module.in_channels != self.program.values[source].channels:
-                raise _CannotStreamError
-            return self.program.add(CONVOLVE, source, int(module.out_channels), layer=module)
-        if isinstance(module, nn.ReLU):
-            return self._combine(source, slope=torch.zeros(1, device="cpu"))
-        if isinstance(module, nn.LeakyReLU):
-            return self._combine(source, slope=torch.tensor([module.negative_slope], device="cpu"))
-        if isinstance(module, nn.PReLU):
-            return self._combine(source, slope=module.weight.detach())
-        if isinstance(module, nn.PixelShuffle):
-            return self._shuffle(source, int(module.upscale_factor))
-        return source
-
-    def _function(self, function: Any, node: torch.fx.Node) -> int:
-        if function in _SAME:
-            return self._source(node.args[0])
-        if function in _RELU:
-            return self._combine(self._source(node.args[0]), slope=torch.zeros(1, device="cpu"))
-        if function in _LEAKY:
-            slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
-            if not isinstance(slope, (int, float)):
-                raise _CannotStreamError
-            return self._combine(self._source(node.args[0]), slope=torch.tensor([float(slope)], device="cpu"))
-        if function is F.pixel_shuffle:
-            scale = node.kwargs.get("upscale_factor", node.args[1] if len(node.args) > 1 else None)
-            if not isinstance(scale, int):
-                raise _CannotStreamError
-            return self._shuffle(self._source(node.args[0]), scale)
-        one, other = node.args
-        constants = self._splitter.constant(one), self._splitter.constant(other)
-        if constants == (None, None):
-            first, second = self._source(one), self._source(other)
-            if self.program.values[first] != self.program.values[second]:
-                raise _CannotStreamError
-            return self._combine(first, second)
-        source = self._source(other if constants[0] is not None else one)
-        constant = _as_channels(constants[0] if constants[0] is not None else constants[1])
-        if function in _ADD:
-            return self._combine(source, summand=constant)
-        if function in _SUB:
-            return self._combine(source, summand=-constant)
-        return self._combine(source, factor=constant if function in _MUL else 1 / constant)
-
-    def _combine(self, source: int, other: int = -1, **numbers: Tensor) -> int:
-        from ._kernels import COMBINE
-
-        value = self.program.values[source]
-        neutral = {"factor": 1.0, "summand": 0.0, "slope": 1.0}
-        if other < 0 and all(bool((number == neutral[name]).all()) for name, number in numbers.items()):
-            return source
-        spread: dict[str, Any] = {}
-        for name, number in numbers.items():
-            if number.numel() not in (1, value.channels):
-                raise _CannotStreamError
-            spread[name] = number.float().expand(value.channels).contiguous()
-        return self.program.add(COMBINE, source, value.channels, other=other, **spread)
-
-    def _shuffle(self, source: int, scale: int) -> int:
-        from ._kernels import SHUFFLE
-
-        value = self.program.values[source]
-        if value.channels % (scale * scale):
-            raise _CannotStreamError
-        channels = value.channels // (scale * scale)
-        return self.program.add(SHUFFLE, source, channels, times=scale, scale=scale)
-
-
-def _as_channels(constant: Tensor | float | None) -> Tensor:
-    if isinstance(constant, Tensor):
-        channels = _per_channel(constant)
-        if channels is None:
-            raise _CannotStreamError
-        return channels.float().cpu()
-    return torch.tensor([float(constant or 0.0)], device="cpu")
 
 
 def streamed_layers(steps: list[Step]) -> set[nn.Module]:

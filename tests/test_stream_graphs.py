@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import iks_plugin
-from iks_plugin import fast
+from iks_plugin import fast, tracing
 
 pytest.importorskip("numba")
 
@@ -22,6 +22,11 @@ class Layers(nn.Module):
         super().__init__()
         self.head, self.tail = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
         self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.narrow, self.wide = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(24, 16, 3, padding=1)
+        self.down, self.up = nn.Conv2d(16, 16, 4, stride=2, padding=1), nn.Upsample(scale_factor=2)
+        self.reflected = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")
+        self.replicated = nn.Conv2d(16, 16, 5, padding=2, padding_mode="replicate")
+        self.valid = nn.Conv2d(16, 16, 3)
         self.relu, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.5)
         self.act = forward
 
@@ -91,6 +96,67 @@ def two_outputs(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return m.tail(m.b(h)), h
 
 
+def dense_block(m: Any, x: Tensor) -> Tensor:
+    h = m.head(x)
+    one = F.leaky_relu(m.narrow(h), 0.2)
+    two = m.wide(torch.cat((h, one), 1))
+    return m.tail(h + 0.2 * m.a(two) + torch.cat([one, m.narrow(two)], dim=-3))
+
+
+def distillation(m: Any, x: Tensor) -> Tensor:
+    h = m.head(x)
+    kept, rest = torch.split(m.a(h), (8, 8), dim=1)
+    one, two = m.b(torch.cat([rest, kept], 1)).chunk(2, dim=1)
+    three = m.a(h)[:, 4:12]
+    last = h.split(4, 1)[3]
+    return m.tail(torch.cat([one + three, last, two[:, :4, :, :]], dim=1))
+
+
+def overwritten_part(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    one, two = h.chunk(2, 1)
+    one += 1.0
+    return m.tail(m.b(h) + torch.cat([two, one], 1))
+
+
+def too_far(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    return m.tail(m.b(h) + torch.cat([h[:, 12:40], h[:, :-4]], 1))
+
+
+def joined_rows(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    return m.tail(m.b(torch.cat([h, h], 2)))
+
+
+def nearest(m: Any, x: Tensor) -> Tensor:
+    h = m.a(F.interpolate(m.head(x), scale_factor=2, mode="nearest"))
+    return m.tail(F.interpolate(m.b(h) + m.up(m.head(x)), scale_factor=(3.0, 3.0)))
+
+
+def other_interpolations(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    h = m.b(F.interpolate(h, scale_factor=2, mode="bilinear"))
+    return m.tail(m.b(F.interpolate(h, scale_factor=1.5)) + 1)
+
+
+def down_and_up(m: Any, x: Tensor) -> Tensor:
+    h = m.a(m.head(x))
+    small = m.b(m.down(h))
+    smaller = m.a(m.down(F.relu(small)))
+    return m.tail(m.up(m.up(smaller) + small) + h)
+
+
+def mixed_borders(m: Any, x: Tensor) -> Tensor:
+    h = m.head(x)
+    return m.tail(m.a(h) + m.reflected(h) + m.replicated(h) + m.b(m.reflected(h)))
+
+
+def sizes_that_fit_by_chance(m: Any, x: Tensor) -> Tensor:
+    h = m.head(x)
+    return m.tail(m.valid(m.a(h)) + m.b(m.down(h)[:, :, :1, :1]))
+
+
 GRAPHS: dict[str, Callable[[Any, Tensor], Any]] = {
     "iadd": iadd,
     "relu of another name": relu_of_another_name,
@@ -109,14 +175,25 @@ GRAPHS: dict[str, Callable[[Any, Tensor], Any]] = {
     "flipped": with_middle(lambda h: h.flip(3)),
     "without a batch": without_batch,
     "two outputs": two_outputs,
+    "dense block": dense_block,
+    "distillation": distillation,
+    "a part that is overwritten": overwritten_part,
+    "slices beyond the end": too_far,
+    "joined rows": joined_rows,
+    "nearest": nearest,
+    "other interpolations": other_interpolations,
+    "down and up": down_and_up,
+    "mixed borders": mixed_borders,
+    "a smaller summand": sizes_that_fit_by_chance,
 }
 
 
 def network(forward: Callable[[Any, Tensor], Any]) -> nn.Module:
     model = Layers(forward).eval()
     with torch.no_grad():
-        for layer in (model.a, model.b):
-            layer.weight *= torch.rand_like(layer.weight) >= 0.8
+        for layer in model.children():
+            if isinstance(layer, nn.Conv2d) and layer not in (model.head, model.tail):
+                layer.weight *= torch.rand_like(layer.weight) >= 0.8
     return model
 
 
@@ -142,6 +219,22 @@ def test_the_same_as_dense(forward: Callable[[Any, Tensor], Any]) -> None:
         for _ in range(2):
             ours, theirs = image.clone(), image.clone()
             assert_close(model(ours), plain(theirs))
+
+
+@pytest.mark.parametrize(
+    ("forward", "count"),
+    [
+        *((forward, 1) for forward in (dense_block, distillation, nearest, down_and_up, mixed_borders)),
+        (overwritten_part, 1),
+        (other_interpolations, 3),
+        (joined_rows, 2),
+    ],
+)
+def test_how_many_streams_there_are(forward: Callable[[Any, Tensor], Any], count: int) -> None:
+    """One, where all that a network does can stream."""
+    steps = tracing.trace(iks_plugin.pack(network(forward)))
+    assert steps is not None
+    assert sum(step.stream is not None for step in steps) == count
 
 
 def test_another_default_dtype_or_device() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import iks_plugin
 import toys
 from iks_plugin import fast, tracing
+from iks_plugin.program import UnexpectedInputError
 from iks_plugin.runtime import Packed, PackedWeight
 
 pytest.importorskip("numba")
@@ -109,6 +110,67 @@ def test_any_network_on_any_image(
         assert_close(result, iks_plugin.unpack(model)(image))
 
 
+class Window(nn.Module):
+    """A convolution of any shape between others, as an encoder or a network with borders of its own has it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.head, self.a = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, **settings)
+        self.b = nn.Conv2d(8, 16, 3, padding=1)
+        self.up = nn.PixelShuffle(2)
+        self.tail = nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.head(x)
+        return self.tail(self.up(self.b(F.relu(self.a(features)))))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    kernel=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.one_of(st.tuples(st.integers(0, 7), st.integers(0, 7)), st.sampled_from(["same", "valid"])),
+    mode=st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]),
+    groups=st.sampled_from([1, 2, 8]),
+    share=st.sampled_from([0.0, 0.6, 0.9]),
+    size=st.tuples(st.integers(1, 2), st.integers(8, 60), st.integers(8, 70)),
+    threads=st.integers(1, 3),
+)
+def test_any_kernel_stride_dilation_and_padding(
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    mode: str,
+    groups: int,
+    share: float,
+    size: tuple[int, int, int],
+    threads: int,
+) -> None:
+    if padding == "same":
+        stride = (1, 1)
+    model = Window(kernel_size=kernel, dilation=dilation, stride=stride, padding=padding, padding_mode=mode, groups=groups)
+    model.eval().b.weight.data *= torch.rand_like(model.b.weight) >= 0.9
+    model.a.weight.data *= torch.rand_like(model.a.weight) >= share
+    image = torch.rand(size[0], 3, *size[1:])
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            try:
+                expected = model(image)
+            except RuntimeError:  # no output, or more padding than there is an image
+                iks_plugin.pack(model)
+                with pytest.raises((RuntimeError, UnexpectedInputError)):
+                    run_streamed(model, image)
+                return
+            iks_plugin.pack(model)
+            result = run_streamed(model, image)
+    finally:
+        torch.set_num_threads(1)
+    assert_close(result, expected)
+
+
 def test_groups_of_layers_and_bands_meet() -> None:
     """Deep enough for several groups, with values that cross them."""
     layers: list[nn.Module] = [toys.plain_sr(8)[0]]
@@ -142,14 +204,14 @@ class PartlyStreaming(nn.Module):
         super().__init__()
         self.head, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
         self.squeeze, self.strided = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.reflected = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.around = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
         self.tail = nn.Conv2d(16, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(self.head(x).relu())
         y = y * torch.sigmoid(self.squeeze(y.mean(dim=(2, 3), keepdim=True)))
         small = F.interpolate(self.strided(y), size=y.shape[2:], mode="bilinear")
-        return self.tail(torch.cat([self.reflected(y), small], dim=1))
+        return self.tail(torch.cat([self.around(y), small], dim=1))
 
 
 class OwnTensors(nn.Module):
