@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,10 @@ _MOST_KEPT = 64 << 20
 _SHORT = 0.02
 """Seconds: a way whose first run takes less gets a second one in any case."""
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+_TRACES = 4
+"""Shapes of images for which the graph of a model is kept that has shapes in it."""
+_ANY: tuple[int, ...] = ()
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -59,7 +64,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._steps: Any = None
+        self._traces: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._settings: Any = None
         self._ways: dict[tuple[int, ...], str] = {}
         self._kept = "torch"
@@ -94,29 +99,38 @@ class Streams:
             for weight in self._weights:
                 weight.keep(_LAYOUTS[way])
             self._kept = way
-        steps = self._found_steps(model) if way == "stream" else None
+        steps = self._found_steps(model, image) if way == "stream" else None
         if steps is None:
             return _usual_result(usual, image)
         from . import tracing
 
         return tracing.run(steps, dict(model.named_modules()), image)
 
-    def _found_steps(self, model: nn.Module) -> Any:
+    def _found_steps(self, model: nn.Module, image: Tensor) -> Any:
         from . import tracing
 
-        settings = _settings(model)
+        settings, shape = _settings(model), tuple(image.shape)
         with self._lock:
             if settings != self._settings:
-                self._steps, self._settings = tracing.trace(model), settings
+                self._settings = settings
+                self._traces.clear()
                 self._ways.clear()
-            return self._steps
+            key = _ANY if _ANY in self._traces else shape
+            if key not in self._traces:
+                trace = tracing.trace(model, image.shape)
+                key = shape if trace.is_sized else _ANY
+                self._traces[key] = trace
+                while len(self._traces) > _TRACES:
+                    self._traces.popitem(last=False)
+            self._traces.move_to_end(key)
+            return self._traces[key].steps
 
     def _choose(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor, key: tuple[int, ...]) -> str:
         """Find the fastest way by trying them on a part of the image."""
         layout = torch.channels_last if _is_channels_last(image) else torch.contiguous_format
         # A copy: a model may change its input in place.
         strip = image[:1, :, : _STRIP[0], : _STRIP[1]].clone(memory_format=layout)
-        streams = ["stream"] if self._found_steps(model) is not None else []
+        streams = ["stream"] if self._found_steps(model, strip) is not None else []
         fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
         layouts = [way for way in _LAYOUTS if way in self._ways.values()] or list(_LAYOUTS)  # one is kept at a time
         names = [*streams, *(layouts if fits else ["torch"])]
@@ -141,7 +155,9 @@ class Streams:
         """The layers that run in streams, for one size of images at least; empty before the first run."""
         from . import tracing
 
-        return tracing.streamed_layers(self._steps or []) if "stream" in self._ways.values() else set()
+        if "stream" not in self._ways.values():
+            return set()
+        return {layer for trace in self._traces.values() for layer in tracing.streamed_layers(trace.steps or [])}
 
 
 def _key(image: Tensor) -> tuple[int, ...]:

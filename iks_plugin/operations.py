@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .program import Program, Window
 from .runtime import Packed
+from .shapes import shape_of, value_of
 
 Constant = Tensor | float
 _ADD = {operator.add, operator.iadd, torch.add}
@@ -106,6 +107,8 @@ class Operations:
 
     def stream(self, node: torch.fx.Node) -> bool:
         """Whether a node can be a part of a stream."""
+        if not all(map(_may_be_an_image, (node, *node.all_input_nodes))):
+            return False
         if node.op == "call_module":
             return _streaming_module(self.modules[str(node.target)])
         function = function_of(node)
@@ -129,14 +132,15 @@ class Operations:
             return False
         one, other = node.args
         if function in _ADD:
-            return isinstance(one, torch.fx.Node)
+            return isinstance(one, torch.fx.Node) and (self.constant(other) is not None or _may_be_alike(one, other))
         if function in _SUB or function in _DIV:
             return isinstance(one, torch.fx.Node) and self.constant(one) is None and self.constant(other) is not None
         return function in _MUL and (self.constant(one) is None) != (self.constant(other) is None)
 
     def input_channels(self, node: torch.fx.Node, run: set[torch.fx.Node]) -> int | None:
-        """How many channels a value that comes from outside a run has, by the first convolution that reads it."""
-        return self._input_channels(node, run, set())
+        """How many channels a value that comes from outside a run has; if need be by the convolution that reads it."""
+        shape = shape_of(node)
+        return self._input_channels(node, run, set()) if shape is None else shape[1]
 
     def _input_channels(self, node: torch.fx.Node, run: set[torch.fx.Node], seen: set[torch.fx.Node]) -> int | None:
         seen.add(node)
@@ -154,6 +158,19 @@ class Operations:
             if found is not None:
                 return found
         return None
+
+
+def _may_be_an_image(node: torch.fx.Node) -> bool:
+    """Whether the value of a node may be (N, C, H, W) float32, or the parts of such a one; or is a constant."""
+    value = value_of(node)
+    is_other = isinstance(value, Tensor) and (value.ndim != 4 or value.dtype != torch.float32)
+    return node.op == "get_attr" or not is_other
+
+
+def _may_be_alike(one: Any, other: Any) -> bool:
+    """Whether two values may have the same shape."""
+    shapes = [shape_of(node) if isinstance(node, torch.fx.Node) else None for node in (one, other)]
+    return None in shapes or shapes[0] == shapes[1]
 
 
 def _argument(node: torch.fx.Node, place: int, name: str, default: Any = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .operations import Builder, CannotStreamError, Operations, as_channels, is_in_place, may_be_a_view, takes_channels
 from .runtime import Packed, PackedWeight
+from .shapes import Shapes, shape_of, value_of
 from .streams import Stream
 from .swap import Swapped, original_class
 
@@ -23,7 +24,45 @@ _tracing = threading.Lock()
 
 
 class _Proxy(torch.fx.Proxy):
-    """Notes that `x += y` works in place, which torch.fx takes for `x = x + y`."""
+    """Knows its shape, so that code may ask for it, and that `x += y` works in place, which torch.fx does not."""
+
+    tracer: Tracer
+
+    def __getattr__(self, name: str) -> Any:
+        value = value_of(self.node)
+        if isinstance(value, Tensor) and name in ("shape", "ndim", "dtype"):
+            self.tracer.is_sized |= name == "shape"
+            return getattr(value, name)
+        return super().__getattr__(name)
+
+    def size(self, *dim: int, **named: int) -> Any:
+        return self._ask("size", *dim, **named)
+
+    def dim(self) -> Any:
+        return self._ask("dim")
+
+    def numel(self) -> Any:
+        return self._ask("numel")
+
+    def _ask(self, method: str, *given: Any, **named: Any) -> Any:
+        value = value_of(self.node)
+        if isinstance(value, Tensor):
+            self.tracer.is_sized |= method != "dim"
+            return getattr(value, method)(*given, **named)
+        return self.tracer.create_proxy("call_method", method, (self, *given), named)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = value_of(self.node)
+        if isinstance(value, (tuple, list)):
+            return iter([operator.getitem(self, number) for number in range(len(value))])
+        return iter(super().__iter__())
+
+    def __len__(self) -> int:
+        value = value_of(self.node)
+        if not isinstance(value, (Tensor, tuple, list)):
+            return int(super().__len__())  # which says what cannot be traced
+        self.tracer.is_sized = True
+        return len(value)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -45,9 +84,18 @@ class Tracer(torch.fx.Tracer):
     own way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module, image: torch.Size) -> None:
         super().__init__()
+        self.is_sized = False
         self._thread = threading.get_ident()
+        self._shapes, self._computes = Shapes(root, image), False
+
+    def create_proxy(self, *given: Any, **options: Any) -> Any:
+        proxy = super().create_proxy(*given, **options)
+        self._computes = True
+        self._shapes.note(proxy.node)
+        self._computes = False
+        return proxy
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
@@ -55,12 +103,12 @@ class Tracer(torch.fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self._thread:
+        if self._computes or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if self._computes or threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -80,23 +128,43 @@ class Step:
     outputs: list[torch.fx.Node] = field(default_factory=list)
 
 
-def trace(model: nn.Module) -> list[Step] | None:
-    """The steps that compute `model`; None where its graph cannot be had, or nothing in it is packed and streams.
+@dataclass
+class Trace:
+    """A model's graph.
 
-    The graph is that of a copy without weights of its own, as tracing may leave marks in a module.
+    Attributes:
+        steps: what computes the model; None where its graph cannot be had, or nothing in it is packed and streams.
+        is_sized: whether the graph is right for images of one shape only.
+    """
+
+    steps: list[Step] | None
+    is_sized: bool
+
+
+def trace(model: nn.Module, image: torch.Size) -> Trace:
+    """The graph of `model` for images of one shape, (N, C, H, W).
+
+    It is that of a copy without weights of its own, as tracing may leave marks in a module.
     """
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     shell = copy.deepcopy(model, dict(weights))  # the copy holds the same tensors
     if isinstance(shell, Swapped) and not isinstance(shell, Packed):
         # The graph is of the forward that the model had before it was packed.
         shell.__class__ = original_class(shell)  # type: ignore[assignment]
+    tracer = Tracer(shell, image)
+    chance = torch.get_rng_state()
     try:
         with _tracing:
-            graph = Tracer().trace(shell)
+            graph = tracer.trace(shell)
     except Exception:  # whatever a model's Python code makes of a stand-in for a tensor
-        return None
+        return Trace(None, tracer.is_sized)
+    finally:
+        drawn = not torch.equal(chance, torch.get_rng_state())
+        torch.set_rng_state(chance)
+    if drawn:  # random numbers of a known size would be constants of the graph
+        return Trace(None, tracer.is_sized)
     originals = dict(model.named_modules())
-    return _Splitter(shell, originals).split(graph)
+    return Trace(_Splitter(shell, originals).split(graph), tracer.is_sized)
 
 
 class _Splitter:
@@ -199,6 +267,8 @@ class _Splitter:
             if argument not in inside and argument not in self._operations.constants
         ]
         inputs = list(dict.fromkeys(inputs))
+        if len({shape[2:] for shape in map(shape_of, inputs) if shape is not None}) > 1:
+            return None
         outputs = [node for node in run if any(user not in inside for user in node.users)]
         builder = Builder(self._operations)
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from fnmatch import fnmatchcase
@@ -140,6 +140,24 @@ def test_half_gated_it_is_the_network_with_the_gated_weights(subject: Subject, t
     assert change > 1e-3, "the gates do not show in the output"
     if training:
         _assert_same_gradients(subject, model, reference, expected)
+
+
+def test_packed_it_gives_the_same_row_by_row(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    model = subject.copy()
+    for _, layer in _convolutions(model):
+        layer.weight.data.mul_(torch.rand_like(layer.weight) >= 0.8)
+    expected = subject.run(copy.deepcopy(model), training=False)
+    iks_plugin.pack(model)
+
+    def first(ways: dict[str, Callable[[], object]]) -> str:
+        name, way = next(iter(ways.items()))
+        way()
+        return name
+
+    monkeypatch.setattr("iks_plugin.fast._fastest", first)
+    subject.run(model, training=False)  # with trials, which draw random numbers where the network does
+    _assert_close(subject.run(model, training=False), expected, 1e-5)
 
 
 @pytest.mark.parametrize("target", [None, 0.9], ids=["as-it-is", "dialled"])

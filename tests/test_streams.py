@@ -59,7 +59,7 @@ def prune(model: nn.Module, share: float) -> nn.Module:
 
 
 def run_streamed(model: nn.Module, image: Tensor) -> Tensor:
-    steps = tracing.trace(model)
+    steps = tracing.trace(model, image.shape).steps
     assert steps is not None
     assert any(step.stream is not None for step in steps)
     with torch.inference_mode():
@@ -150,7 +150,9 @@ def test_any_kernel_stride_dilation_and_padding(
 ) -> None:
     if padding == "same":
         stride = (1, 1)
-    model = Window(kernel_size=kernel, dilation=dilation, stride=stride, padding=padding, padding_mode=mode, groups=groups)
+    model = Window(
+        kernel_size=kernel, dilation=dilation, stride=stride, padding=padding, padding_mode=mode, groups=groups
+    )
     model.eval().b.weight.data *= torch.rand_like(model.b.weight) >= 0.9
     model.a.weight.data *= torch.rand_like(model.a.weight) >= share
     image = torch.rand(size[0], 3, *size[1:])
@@ -250,7 +252,7 @@ def test_single_layers_of_every_kind(make: tuple[Callable[[], nn.Module], tuple[
     with torch.inference_mode():
         expected = model(image)
         iks_plugin.pack(model)
-        steps = tracing.trace(model)
+        steps = tracing.trace(model, image.shape).steps
         if steps is not None:
             assert_close(tracing.run(steps, dict(model.named_modules()), image), expected)
         assert_close(model(image), expected)
@@ -475,6 +477,6 @@ def test_a_model_that_cannot_be_traced() -> None:
             return super().forward(x) if float(x.mean()) > 0 else x
 
     model = iks_plugin.pack(prune(Looks(), 0.8))
-    assert tracing.trace(model) is None
+    assert tracing.trace(model, IMAGE.shape).steps is None
     with torch.no_grad():
         assert_close(model(IMAGE), iks_plugin.unpack(model)(IMAGE))
