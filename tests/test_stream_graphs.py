@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import iks_plugin
-from iks_plugin import fast, tracing
+from iks_plugin import fast, shapes, tracing
 
 pytest.importorskip("numba")
 
@@ -252,6 +253,27 @@ def test_how_many_streams_there_are(forward: Callable[[Any, Tensor], Any], count
     steps = tracing.trace(iks_plugin.pack(network(forward)), torch.Size((2, 3, 24, 24))).steps
     assert steps is not None
     assert sum(step.stream is not None for step in steps) == count
+
+
+@pytest.mark.parametrize("forward", GRAPHS.values(), ids=GRAPHS)
+def test_shapes_and_dtypes_are_those_that_come_out(forward: Callable[[Any, Tensor], Any]) -> None:
+    model = network(forward)
+    image = torch.rand(1 if forward is without_batch else 2, 3, 24, 24)
+    seen = []
+
+    class Looks(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            value = shapes.value_of(n)
+            if isinstance(result, Tensor) and value is not None:
+                assert (value.shape, value.dtype) == (result.shape, result.dtype), n.format_node()
+                seen.append(n)
+            return result
+
+    graph = tracing.Tracer(model, image.shape).trace(model)
+    with torch.no_grad():
+        Looks(torch.fx.GraphModule(model, graph)).run(image)
+    assert len(seen) > 4
 
 
 def test_a_graph_with_sizes_in_it_is_found_for_each() -> None:
