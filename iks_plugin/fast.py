@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 import threading
 import time
 import warnings
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiled import is_compiling
 from .errors import IksWarning
 from .program import UnexpectedInputError
 from .runtime import Packed, PackedWeight
@@ -45,7 +45,7 @@ class Streamed(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         usual: Callable[..., Any] = super().forward
-        if len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs and not is_compiling():
             streams, image = self._iks_streams, args[0]
             if streams.is_usual(image):
                 return _usual_result(usual, image)
@@ -251,7 +251,7 @@ def _is_plain_inference(model: nn.Module, image: Any) -> bool:
     """Whether what is asked for is just the output of a batch of float32 images on the CPU."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False  # somebody wants to see each operation
-    if type(image) is not Tensor or torch.is_grad_enabled() or model.training or _is_traced():
+    if type(image) is not Tensor or torch.is_grad_enabled() or model.training or torch._C._is_tracing():
         return False
     if image.ndim != 4 or image.dtype != torch.float32 or image.device.type != "cpu" or not image.numel():
         return False
@@ -272,9 +272,3 @@ def _autocasts() -> bool:
         return bool(torch.is_autocast_enabled("cpu"))
     except TypeError:  # torch before 2.4
         return bool(torch.is_autocast_cpu_enabled())
-
-
-def _is_traced() -> bool:
-    # torch 2.1 has it in _dynamo alone, which takes a second to import: nothing compiles before that is done.
-    compiler = torch.compiler if hasattr(torch.compiler, "is_compiling") else sys.modules.get("torch._dynamo")
-    return bool((compiler is not None and compiler.is_compiling()) or torch._C._is_tracing())

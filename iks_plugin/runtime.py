@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import entries
+from . import compiled, entries
 from .entries import SparseWeight
 from .errors import IksError
 from .layers import SUPPORTED_TYPES, Gated
@@ -104,6 +104,11 @@ class PackedWeight(nn.Module):
 
     def ready(self) -> Tensor:
         """The dense weight: the kept one, where there is one that is still right, or made anew."""
+        if compiled.is_compiling():
+            parts = (self.values, self.index, self.counts, self.scales, list(self.shape), self.dtype, self.block)
+            order = None if self.order is None else list(self.order)
+            dense: Tensor = torch.ops.iks_plugin.dense_weight(*parts, self.axis, order)
+            return dense
         kept = self._kept
         return kept.dense if kept is not None and kept.is_of(self.values) else self()
 
@@ -208,6 +213,28 @@ class PackedWeight(nn.Module):
         return f"{tuple(self.shape)}, {self.values.numel():,} {stored} values, {self.nbytes:,} bytes"
 
 
+def _unpacked(
+    values: Tensor,
+    index: Tensor,
+    counts: Tensor | None,
+    scales: Tensor | None,
+    shape: list[int],
+    dtype: torch.dtype,
+    block: int,
+    axis: int | None,
+    order: list[int] | None,
+) -> Tensor:
+    weight = PackedWeight.__new__(PackedWeight)
+    nn.Module.__init__(weight)
+    weight.values, weight.index, weight.counts, weight.scales = values, index, counts, scales
+    weight.shape, weight.dtype, weight.block, weight.axis = torch.Size(shape), dtype, block, axis
+    weight.order = None if order is None else tuple(order)
+    return weight.forward()
+
+
+compiled.register(_unpacked)
+
+
 def _rows(shape: torch.Size) -> int:
     return shape[0] if shape else 1
 
@@ -281,6 +308,8 @@ class Packed(Swapped):
     weight = property(_get_weight, _set_weight, doc="The dense weight, made of the packed one.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if compiled.is_compiling():
+            return super().forward(*args, **kwargs)
         weight: PackedWeight = self._modules["packed_weight"]  # type: ignore[assignment]
         is_large = not weight.is_kept and weight.shape.numel() > _LARGE and getattr(self, "groups", None) == 1
         if is_large and original_class(self).forward in _PLAIN_FORWARDS:

@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,40 @@ def test_copies_and_pickles(packed: nn.Module) -> None:
 def test_compiled(packed: nn.Module) -> None:
     expected = packed(X)
     assert torch.allclose(torch.compile(packed, backend="eager")(X), expected)
+
+
+@CASES
+@pytest.mark.parametrize("value_dtype", ["float32", "int8"])
+def test_every_layer_compiles_as_a_whole(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], value_dtype: str
+) -> None:
+    x, layer = torch.randn(shape), iks_plugin.pack(pruned(nn.Sequential(make())), value_dtype)
+    if "Transpose" in type(layer[0]).__name__ and not hasattr(torch.compiler, "is_compiling"):
+        pytest.skip("torch 2.1 fails at super() in a transposed convolution")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+
+def test_a_deep_network_compiles_once_and_lets_gradients_through() -> None:
+    """Not once for each layer, which would end at torch's limit of recompilations."""
+    torch._dynamo.reset()
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(12)), nn.Conv2d(8, 400, 9, padding=4))
+    iks_plugin.pack(pruned(model))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    ours, theirs = (torch.ones(1, 8, 20, 20, requires_grad=True) for _ in range(2))
+    for x, run in ((ours, compiled), (theirs, model)):
+        run(x).sum().backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6 * float(theirs.grad.abs().max()))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("value_dtype", ["float32", "float16", "int8"])
