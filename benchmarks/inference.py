@@ -5,9 +5,10 @@
     python benchmarks/inference.py --only networks --deepsparse ~/deepsparse/bin/python --openvino ~/openvino/bin/python
     python benchmarks/inference.py --only networks --trained iks-demo/sparse.iks --arch iks_plugin.demo.edsr:EDSR
 
-- networks: EDSR with 90 % zeros in its body alone, and in the upsampler too, and trained networks, against PyTorch in
-  both layouts of memory, with and without torch.compile, and against ONNX Runtime, OpenVINO and DeepSparse at float32.
-  DeepSparse needs older packages than PyTorch does: an engine runs by the interpreter that its option names.
+- networks: EDSR with 90 % zeros in its body alone, and in the upsampler too, ESRGAN's RRDBNet (fewer blocks, 160 x 90)
+  and trained networks, against PyTorch in both layouts of memory, with and without torch.compile, and against ONNX
+  Runtime, OpenVINO and DeepSparse at float32. DeepSparse needs older packages than PyTorch does: an engine
+  runs by the interpreter that its option names.
 - layers: 64 -> 64 convolutions with 3 x 3 kernels at 192 x 320, alone, and each of a chain of 16 with ReLU.
 - sweep: chains of convolutions of many sparsities, widths, sizes and threads: packed is never to be slower.
 - memory: the peak of a whole process that upscales to 1920 x 1080 (Linux only).
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 from edsr import EDSR, SIZES, table
 from inference_worker import ENGINES
+from rrdb import RRDBNet
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,6 +51,7 @@ from iks_plugin.runtime import Packed
 
 SIZE = "16x64"
 IMAGE = (180, 320)
+RRDB_BLOCKS, RRDB_IMAGE = 4, (90, 160)
 LARGE = (540, 960)
 LARGEST_ERROR = 1e-4
 """By which an output may differ from the dense network's, relative to the largest value."""
@@ -70,6 +73,11 @@ def edsr(zeros: float, upsampler: bool) -> nn.Module:
     torch.manual_seed(0)
     names = ("body", "conv_after_body", *(("upsample",) if upsampler else ()))
     return prune(EDSR(*SIZES[SIZE]), zeros, names)
+
+
+def rrdb(zeros: float) -> nn.Module:
+    torch.manual_seed(0)
+    return prune(RRDBNet(RRDB_BLOCKS), zeros, ("body", "conv_body", "conv_up", "conv_hr"))
 
 
 def packed_copy(model: nn.Module) -> nn.Module:
@@ -194,8 +202,10 @@ def error_of(output: Tensor, expected: Tensor, name: str) -> float:
 
 
 @torch.no_grad()
-def measure_network(model: nn.Module, rounds: int, compiled: bool, pythons: dict[str, str]) -> list[dict[str, Any]]:
-    image = torch.rand(1, 3, *IMAGE, generator=torch.Generator().manual_seed(0))
+def measure_network(
+    model: nn.Module, rounds: int, compiled: bool, pythons: dict[str, str], size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     packed, expected = packed_copy(model), model(image)
     with ExitStack() as stack:
         acts = {"iks-plugin": lambda: packed(image), **torch_acts(model, image, compiled)}
@@ -220,11 +230,18 @@ def measure_networks(
     for scope, upsampler in scopes:
         for zeros in (0.8, 0.9, 0.95):
             whole = zeros == 0.9
-            found = measure_network(edsr(zeros, upsampler), rounds, compiled and whole, pythons if whole else {})
+            peers = pythons if whole else {}
+            found = measure_network(edsr(zeros, upsampler), rounds, compiled and whole, peers, IMAGE)
             rows += [{"scope": scope, "zeros": zeros, **row} for row in found]
+    if masks:
+        able = {engine: python for engine, python in pythons.items() if engine != "deepsparse"}  # 1.8 fails at it
+        found = measure_network(rrdb(0.9), rounds, compiled, able, RRDB_IMAGE)
+        rows += [{"scope": f"RRDBNet x4, {RRDB_BLOCKS} blocks", "zeros": 0.9, **row} for row in found]
     for name, model in trained.items():
         zeros = zeros_in(packed_copy(model))
-        rows += [{"scope": name, "zeros": zeros, **row} for row in measure_network(model, rounds, compiled, pythons)]
+        rows += [
+            {"scope": name, "zeros": zeros, **row} for row in measure_network(model, rounds, compiled, pythons, IMAGE)
+        ]
     return rows
 
 
