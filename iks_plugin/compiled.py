@@ -13,23 +13,27 @@ from torch import Tensor
 from . import entries
 
 _library = torch.library.Library("iks_plugin", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "dense_weight(Tensor values, Tensor index, Tensor? counts, Tensor? scales, int[] shape, ScalarType dtype, "
-    "int block, int? axis, int[]? order) -> Tensor"
-)  # type: ignore[no-untyped-call]
+_is_known = hasattr(torch.ops.iks_plugin, "dense_weight")
+"""Where the package is imported anew, the operation is there already."""
+if not _is_known:
+    _library.define(
+        "dense_weight(Tensor values, Tensor index, Tensor? counts, Tensor? scales, int[] shape, ScalarType dtype, "
+        "int block, int? axis, int[]? order) -> Tensor"
+    )  # type: ignore[no-untyped-call]
 
-
-is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling if hasattr(torch.compiler, "is_compiling") else torch._utils.is_compiling
+)
 """Whether `torch.compile` is looking at what runs. torch 2.1 has it elsewhere."""
 
 
 def register(unpack: Callable[..., Tensor]) -> None:
     """Let `unpack`, which takes the operation's arguments, make the dense weights."""
-    for device in ("CPU", "CUDA"):
+    for device in () if _is_known else ("CPU", "CUDA"):
         _library.impl("dense_weight", unpack, device)  # type: ignore[no-untyped-call]
 
 
-def _without_data(
+def _empty(
     values: Tensor,
     index: Tensor,
     counts: Tensor | None,
@@ -44,4 +48,5 @@ def _without_data(
     return entries.in_order(dense, None if order is None else tuple(order))
 
 
-_library.impl("dense_weight", _without_data, "Meta")  # type: ignore[no-untyped-call]
+if not _is_known:
+    _library.impl("dense_weight", _empty, "Meta")  # type: ignore[no-untyped-call]

@@ -33,6 +33,8 @@ _TRACES = 4
 _ANY: tuple[int, ...] = ()
 
 _PLAIN = (bool, int, float, str, type(None))
+_OTHER = {*nn.Module().__dict__, "_kept", "_iks_streams"} - {"training"}
+"""Attributes that are no settings. Whether a dense weight is kept changes no graph."""
 
 _told = False
 
@@ -107,6 +109,9 @@ class Streams:
         return tracing.run(steps, dict(model.named_modules()), image)
 
     def _found_steps(self, model: nn.Module, image: Tensor) -> Any:
+        return self._trace(model, image).steps
+
+    def _trace(self, model: nn.Module, image: Tensor) -> Any:
         from . import tracing
 
         settings, shape = _settings(model), tuple(image.shape)
@@ -123,27 +128,37 @@ class Streams:
                 while len(self._traces) > _TRACES:
                     self._traces.popitem(last=False)
             self._traces.move_to_end(key)
-            return self._traces[key].steps
+            return self._traces[key]
 
     def _choose(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor, key: tuple[int, ...]) -> str:
         """Find the fastest way by trying them on a part of the image."""
         layout = torch.channels_last if _is_channels_last(image) else torch.contiguous_format
         # A copy: a model may change its input in place.
         strip = image[:1, :, : _STRIP[0], : _STRIP[1]].clone(memory_format=layout)
-        streams = ["stream"] if self._found_steps(model, strip) is not None else []
+        trace = self._trace(model, strip)
+        if trace.has_state:  # which a trial would change
+            self._ways[key] = "torch"
+            return "torch"
+        streams = ["stream"] if trace.steps is not None else []
         fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
         layouts = [way for way in _LAYOUTS if way in self._ways.values()] or list(_LAYOUTS)  # one is kept at a time
         names = [*streams, *(layouts if fits else ["torch"])]
-        ways: dict[str, Callable[[], object]] = {
-            name: functools.partial(self._run, name, model, usual, strip) for name in names
-        }
+        results: dict[str, Any] = {}
+
+        def run(name: str) -> None:
+            results[name] = self._run(name, model, usual, strip)
+
+        ways: dict[str, Callable[[], object]] = {name: functools.partial(run, name) for name in names}
         try:
             try:
                 self._ways[key] = _fastest(ways)
             except UnexpectedInputError:
                 del ways["stream"]
                 self._ways[key] = _fastest(ways)
-        except RuntimeError:  # neither a part of an image nor one of any channels is an input for every network
+            if self._ways[key] == "stream" and not _agree(results):  # noise, or what no graph tells
+                del ways["stream"]
+                self._ways[key] = _fastest(ways)
+        except Exception:  # neither a part of an image nor one of any channels is an input for every network
             self._ways[key] = "torch"
         if not set(self._ways.values()) & set(_LAYOUTS):
             for weight in self._weights:
@@ -158,6 +173,13 @@ class Streams:
         if "stream" not in self._ways.values():
             return set()
         return {layer for trace in self._traces.values() for layer in tracing.streamed_layers(trace.steps or [])}
+
+
+def _agree(results: dict[str, Any]) -> bool:
+    """Whether a stream has given what the usual ways have."""
+    from .trust import is_same
+
+    return all(is_same(results["stream"], other) for name, other in results.items() if name != "stream")
 
 
 def _key(image: Tensor) -> tuple[int, ...]:
@@ -204,16 +226,25 @@ def paths(model: nn.Module) -> dict[str, str]:
 
 def _settings(model: nn.Module) -> tuple[Any, ...]:
     """Equal as long as a graph of the model, which has its settings and small tensors in it, is still right."""
-    plain = tuple(  # whether a dense weight is kept changes no graph
-        (id(module), tuple(item for item in module.__dict__.items() if _is_plain(item[1]) and item[0] != "_kept"))
+    plain = tuple(
+        (id(module), tuple((name, _state(value)) for name, value in module.__dict__.items() if name not in _OTHER))
         for module in model.modules()
     )
     tensors = (*model.parameters(), *model.buffers())
     return plain, tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
-def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+def _state(value: Any) -> Any:
+    """Something equal as long as a setting, or what is in it, is the same."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if type(value) in (tuple, list):
+        return tuple(map(_state, value))
+    if type(value) is dict:
+        return tuple((name, _state(one)) for name, one in value.items())
+    return None
 
 
 def _seconds(act: Callable[[], object]) -> float:
@@ -258,7 +289,7 @@ def _is_plain_inference(model: nn.Module, image: Any) -> bool:
     if _autocasts():
         return False
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module.training or module._forward_hooks or module._forward_pre_hooks:
             return False
         if isinstance(module, Packed):
             weight = module.packed_weight

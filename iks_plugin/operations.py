@@ -40,7 +40,11 @@ _METHODS = {
     "split": torch.split,
     "chunk": torch.chunk,
 }
-_INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_, torch.relu_, F.leaky_relu_}
+AUGMENTED = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.ifloordiv, operator.imod),
+    *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+)
+"""`x += y` and its like, which work in place on tensors."""
 
 
 class CannotStreamError(Exception):
@@ -62,9 +66,11 @@ def is_in_place(node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
+    name = getattr(node.target, "__name__", "")
     return (
-        node.target in _INPLACE
-        or bool(node.kwargs.get("inplace"))
+        node.target in AUGMENTED
+        or (name.endswith("_") and not name.endswith("__"))
+        or bool({"inplace", "out"} & {key for key, value in node.kwargs.items() if value})
         or (node.target in (F.relu, F.leaky_relu) and True in node.args[1:])
     )
 
@@ -110,32 +116,41 @@ class Operations:
         if not all(map(_may_be_an_image, (node, *node.all_input_nodes))):
             return False
         if node.op == "call_module":
-            return _streaming_module(self.modules[str(node.target)])
+            is_plain = len(node.args) == 1 and not node.kwargs
+            return is_plain and _streaming_module(self.modules[str(node.target)])
         function = function_of(node)
         if function is None:
             return False
         if function in _SAME:
             return len(node.args) == 1 and not node.kwargs
         if function in _RELU or function is F.pixel_shuffle:
-            return True
+            return bool(node.args)
         if function in _LEAKY:
-            return not set(node.kwargs) - {"negative_slope", "inplace"}
+            return bool(node.args) and not set(node.kwargs) - {"negative_slope", "inplace"}
         if function is F.interpolate:
             return _repeats(node) is not None
         if function in _JOIN:
             return _joined(node) is not None
         if function in _PARTS:
-            return _sections(node) is not None and all(_is_numbered_part(user) for user in node.users)
+            return (
+                bool(node.args) and _sections(node) is not None and all(_is_numbered_part(user) for user in node.users)
+            )
         if function is operator.getitem:
-            return _is_numbered_part(node) or _sliced_channels(node) is not None
+            return self._is_part(node) or (len(node.args) == 2 and _sliced_channels(node) is not None)
         if node.kwargs or len(node.args) != 2:
             return False
         one, other = node.args
         if function in _ADD:
-            return isinstance(one, torch.fx.Node) and (self.constant(other) is not None or _may_be_alike(one, other))
+            if not isinstance(one, torch.fx.Node) or self.constant(one) is not None:
+                return False
+            return self.constant(other) is not None or _may_be_alike(one, other)
         if function in _SUB or function in _DIV:
             return isinstance(one, torch.fx.Node) and self.constant(one) is None and self.constant(other) is not None
         return function in _MUL and (self.constant(one) is None) != (self.constant(other) is None)
+
+    def _is_part(self, node: torch.fx.Node) -> bool:
+        source = node.args[0] if node.args else None
+        return isinstance(source, torch.fx.Node) and _is_numbered_part(node) and self.stream(source)
 
     def input_channels(self, node: torch.fx.Node, run: set[torch.fx.Node]) -> int | None:
         """How many channels a value that comes from outside a run has; if need be by the convolution that reads it."""
@@ -386,7 +401,7 @@ class Builder:
         source, index = node.args
         if _is_numbered_part(node):
             assert isinstance(source, torch.fx.Node) and isinstance(index, int)
-            whole = self._source(_argument(source, 0, "tensor", source.kwargs.get("input")))
+            whole = self._source(source.args[0])
             parts = _parts(source, self.program.values[whole].channels)
             if not -len(parts) <= index < len(parts):
                 raise CannotStreamError

@@ -110,10 +110,11 @@ class Plan:
                 window = [
                     at
                     for at in range(cuts[-1] + 1, len(ops))
-                    if 0.6 * most <= deepest[at] - deepest[cuts[-1]] <= 1.3 * most and self._is_between(at)
+                    if 0.6 * most <= deepest[at] - deepest[cuts[-1]] <= 1.3 * most
                 ]
                 if not window:
                     break
+                # Never while a value is being joined: what crosses then is more than what crosses after it.
                 cuts.append(min(window, key=lambda at: (self._crossing_bytes(at), -at)))
             if (
                 sum(
@@ -133,11 +134,6 @@ class Plan:
             reads = {number for at in range(begin, end) for number in (ops[at].source, ops[at].other)} - made - {-1}
             groups.append(Group(list(range(begin, end)), sorted(reads), sorted(made & set(self._crossing(end)))))
         return groups
-
-    def _is_between(self, at: int) -> bool:
-        """Whether no value is half made before operation `at`."""
-        ops = self._program.ops
-        return not {op.target for op in ops[:at]} & {op.target for op in ops[at:]} - {-1}
 
     def _crossing(self, at: int) -> list[int]:
         """The values that are made before operation `at` and read from there on."""

@@ -120,9 +120,10 @@ class PackedWeight(nn.Module):
         """Hold the dense weight in memory, in this order, until `drop`; nothing else changes."""
         kept = self._kept
         if kept is None or not kept.is_of(self.values) or kept.memory_format != memory_format:
-            dense = self()
-            if dense.ndim == 4:  # other weights have one layout only
-                dense = dense.contiguous(memory_format=memory_format)
+            with torch.inference_mode(False):  # gradients may have to go through it later
+                dense = self()
+                if dense.ndim == 4:  # other weights have one layout only
+                    dense = dense.contiguous(memory_format=memory_format)
             self._kept = Kept(dense, memory_format, self.values, _version(self.values))
 
     def drop(self) -> None:

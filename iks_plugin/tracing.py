@@ -13,25 +13,35 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .operations import Builder, CannotStreamError, Operations, as_channels, is_in_place, may_be_a_view, takes_channels
+from .operations import (
+    AUGMENTED,
+    Builder,
+    CannotStreamError,
+    Operations,
+    as_channels,
+    is_in_place,
+    may_be_a_view,
+    takes_channels,
+)
 from .runtime import Packed, PackedWeight
 from .shapes import Shapes, shape_of, value_of
 from .streams import Stream
 from .swap import Swapped, original_class
+from .trust import as_given, check_writes_no_constant, is_all, is_conversion, leaves_something
 
 _tracing = threading.Lock()
 """torch.fx changes torch.nn.Module while it traces, and knows of no other thread that does."""
 
 
 class _Proxy(torch.fx.Proxy):
-    """Knows its shape, so that code may ask for it, and that `x += y` works in place, which torch.fx does not."""
+    """Unlike torch.fx's own, knows its shape, so that code may ask for it, and that `x += y` works in place."""
 
     tracer: Tracer
 
     def __getattr__(self, name: str) -> Any:
         value = value_of(self.node)
         if isinstance(value, Tensor) and name in ("shape", "ndim", "dtype"):
-            self.tracer.is_sized |= name == "shape"
+            self.tracer.is_sized |= name != "dtype"
             return getattr(value, name)
         return super().__getattr__(name)
 
@@ -47,13 +57,14 @@ class _Proxy(torch.fx.Proxy):
     def _ask(self, method: str, *given: Any, **named: Any) -> Any:
         value = value_of(self.node)
         if isinstance(value, Tensor):
-            self.tracer.is_sized |= method != "dim"
+            self.tracer.is_sized = True
             return getattr(value, method)(*given, **named)
         return self.tracer.create_proxy("call_method", method, (self, *given), named)
 
     def __iter__(self) -> Iterator[Any]:
         value = value_of(self.node)
         if isinstance(value, (tuple, list)):
+            self.tracer.is_sized = True  # of another image there may be more or fewer
             return iter([operator.getitem(self, number) for number in range(len(value))])
         return iter(super().__iter__())
 
@@ -64,17 +75,13 @@ class _Proxy(torch.fx.Proxy):
         self.tracer.is_sized = True
         return len(value)
 
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], Any]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
 
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
 
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+for _function in AUGMENTED:
+    setattr(_Proxy, f"__{_function.__name__}__", _in_place(_function))
 
 
 class Tracer(torch.fx.Tracer):
@@ -90,8 +97,12 @@ class Tracer(torch.fx.Tracer):
         self._thread = threading.get_ident()
         self._shapes, self._computes = Shapes(root, image), False
 
-    def create_proxy(self, *given: Any, **options: Any) -> Any:
-        proxy = super().create_proxy(*given, **options)
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *given: Any, **options: Any) -> Any:
+        if kind == "placeholder" and args and not str(target).startswith("*"):
+            return args[0]  # the model is called with an image alone, so that others have their defaults
+        if kind in ("call_function", "call_method"):
+            check_writes_no_constant(target, args, kwargs, self.root)
+        proxy = super().create_proxy(kind, target, args, kwargs, *given, **options)
         self._computes = True
         self._shapes.note(proxy.node)
         self._computes = False
@@ -118,7 +129,10 @@ class Tracer(torch.fx.Tracer):
 
 @dataclass
 class Step:
-    """A node of the graph that torch runs or that has a value already, or a stream that stands for several."""
+    """A node of the graph that torch runs or that has a value already, or a stream that stands for several.
+
+    `last` are the nodes whose values nobody needs after it.
+    """
 
     node: torch.fx.Node | None = None
     is_given: bool = False
@@ -126,6 +140,10 @@ class Step:
     stream: Stream | None = None
     inputs: list[torch.fx.Node] = field(default_factory=list)
     outputs: list[torch.fx.Node] = field(default_factory=list)
+    last: list[torch.fx.Node] = field(default_factory=list)
+
+    def reads(self) -> list[torch.fx.Node]:
+        return self.inputs if self.node is None else self.node.all_input_nodes
 
 
 @dataclass
@@ -134,11 +152,13 @@ class Trace:
 
     Attributes:
         steps: what computes the model; None where its graph cannot be had, or nothing in it is packed and streams.
-        is_sized: whether the graph is right for images of one shape only.
+        is_sized: whether the graph may be right for images of one shape only.
+        has_state: whether the model is known to remember something of an image.
     """
 
     steps: list[Step] | None
     is_sized: bool
+    has_state: bool
 
 
 def trace(model: nn.Module, image: torch.Size) -> Trace:
@@ -146,25 +166,25 @@ def trace(model: nn.Module, image: torch.Size) -> Trace:
 
     It is that of a copy without weights of its own, as tracing may leave marks in a module.
     """
-    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    shell = copy.deepcopy(model, dict(weights))  # the copy holds the same tensors
-    if isinstance(shell, Swapped) and not isinstance(shell, Packed):
-        # The graph is of the forward that the model had before it was packed.
-        shell.__class__ = original_class(shell)  # type: ignore[assignment]
-    tracer = Tracer(shell, image)
-    chance = torch.get_rng_state()
+    steps, is_sized, has_state = None, False, False
     try:
-        with _tracing:
-            graph = tracer.trace(shell)
+        weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        shell = copy.deepcopy(model, dict(weights))  # the copy holds the same tensors
+        if isinstance(shell, Swapped) and not isinstance(shell, Packed):
+            # The graph is of the forward that the model had before it was packed.
+            shell.__class__ = original_class(shell)  # type: ignore[assignment]
+        tracer = Tracer(shell, image)
+        try:
+            with _tracing:
+                graph = tracer.trace(shell)
+        finally:
+            is_sized = tracer.is_sized
+        has_state = leaves_something(shell, model)
+        if not has_state and is_all(graph, model):
+            steps = _Splitter(shell, dict(model.named_modules())).split(graph)
     except Exception:  # whatever a model's Python code makes of a stand-in for a tensor
-        return Trace(None, tracer.is_sized)
-    finally:
-        drawn = not torch.equal(chance, torch.get_rng_state())
-        torch.set_rng_state(chance)
-    if drawn:  # random numbers of a known size would be constants of the graph
-        return Trace(None, tracer.is_sized)
-    originals = dict(model.named_modules())
-    return Trace(_Splitter(shell, originals).split(graph), tracer.is_sized)
+        steps = None
+    return Trace(steps, is_sized, has_state)
 
 
 class _Splitter:
@@ -175,6 +195,8 @@ class _Splitter:
 
     def split(self, graph: torch.fx.Graph) -> list[Step] | None:
         self._order = {node: place for place, node in enumerate(graph.nodes)}
+        if any(self._changes_the_image(node) for node in graph.nodes):
+            return None
         steps: list[Step] = []
         run: list[torch.fx.Node] = []
         worth = False
@@ -191,8 +213,12 @@ class _Splitter:
             worth |= self._close(run, steps)
             run = []
             steps.append(Step(node))
-        given = [Step(node, is_given=True, value=value) for node, value in self._given.items()]
-        return given + steps if worth else None
+        steps = [Step(node, is_given=True, value=value) for node, value in self._given.items()] + steps
+        needed: set[torch.fx.Node] = set()
+        for step in reversed(steps):
+            step.last = [node for node in step.reads() if node not in needed]
+            needed.update(step.last)
+        return steps if worth else None
 
     def _close(self, run: list[torch.fx.Node], steps: list[Step]) -> bool:
         """Turn a run of nodes into a stream, or leave it to torch where nothing in it is packed."""
@@ -207,8 +233,12 @@ class _Splitter:
         return True
 
     def _is_converted_constant(self, node: torch.fx.Node) -> bool:
+        value = value_of(node)
         return (
-            node.op == "call_method" and node.target in ("type_as", "to") and node.args[0] in self._operations.constants
+            is_conversion(node)
+            and node.args[0] in self._operations.constants
+            and isinstance(value, Tensor)
+            and value.dtype == torch.float32
         )
 
     def _note_value(self, node: torch.fx.Node) -> None:
@@ -240,6 +270,13 @@ class _Splitter:
             users = {user for one in self._sharing(node) for user in one.users}
             return any(is_in_place(user, self._modules) and self._order[user] > self._order[node] for user in users)
         return False
+
+    def _changes_the_image(self, node: torch.fx.Node) -> bool:
+        """Whether it works in place on the model's input, which whoever called the model may look at."""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, torch.fx.Node) or not is_in_place(node, self._modules):
+            return False
+        return any(one.op == "placeholder" for one in self._sharing(source))
 
     def _sharing(self, source: torch.fx.Node) -> set[torch.fx.Node]:
         """The nodes whose values may lie in the memory of that of `source`."""
@@ -287,13 +324,19 @@ def streamed_layers(steps: list[Step]) -> set[nn.Module]:
     return {op.layer for op in ops if op.layer is not None}
 
 
-def run(steps: list[Step], shell_modules: dict[str, nn.Module], image: Tensor) -> Tensor:
+def _forget(known: dict[torch.fx.Node, Any], step: Step) -> None:
+    for node in step.last:
+        del known[node]
+
+
+def run(steps: list[Step], modules: dict[str, nn.Module], image: Tensor) -> Any:
     """Compute the model's output of `image` along `steps`."""
     known: dict[torch.fx.Node, Any] = {}
     for step in steps:
         if step.stream is not None:
             results = step.stream.run([known[node] for node in step.inputs])
             known.update(zip(step.outputs, results, strict=True))
+            _forget(known, step)
             continue
         node = step.node
         assert node is not None
@@ -306,12 +349,13 @@ def run(steps: list[Step], shell_modules: dict[str, nn.Module], image: Tensor) -
         arguments = torch.fx.node.map_arg(node.args, known.__getitem__)
         keywords = torch.fx.node.map_arg(node.kwargs, known.__getitem__)
         if node.op == "output":
-            result: Tensor = arguments[0]  # type: ignore[assignment]
-            return result
+            return as_given(arguments[0])
         if node.op == "call_module":
-            known[node] = shell_modules[str(node.target)](*arguments, **keywords)
+            known[node] = modules[str(node.target)](*arguments, **keywords)
         elif node.op == "call_function":
             known[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
         else:
             known[node] = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+        del arguments, keywords
+        _forget(known, step)
     raise AssertionError("a graph ends with its output")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import iks_plugin
 import toys
 from iks_plugin import fast, tracing
+from iks_plugin.plan import Plan
 from iks_plugin.program import UnexpectedInputError
 from iks_plugin.runtime import Packed, PackedWeight
 
@@ -480,3 +481,35 @@ def test_a_model_that_cannot_be_traced() -> None:
     assert tracing.trace(model, IMAGE.shape).steps is None
     with torch.no_grad():
         assert_close(model(IMAGE), iks_plugin.unpack(model)(IMAGE))
+
+
+def test_no_cut_goes_through_what_is_joined() -> None:
+    """Between two groups of operations whole values are kept, so that none may be half made there."""
+
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.tail = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+            self.convs = nn.ModuleList(nn.Conv2d(24, 8, 3, padding=1) for _ in range(40))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.head(x)
+            for conv in self.convs:
+                h = conv(torch.cat([h, h * 0.5, h], 1))
+            return self.tail(h)
+
+    model, image = iks_plugin.pack(prune(Joins(), 0.9)), torch.rand(1, 3, 40, 40)
+    steps = tracing.trace(model, image.shape).steps
+    assert steps is not None
+    (stream,) = (step.stream for step in steps if step.stream is not None)
+    plan = Plan(stream.program, 40, 40, threads=4)
+    assert len(plan._groups) > 3
+    makers = [{stream.program.ops[number].target for number in group.ops} - {-1} for group in plan._groups]
+    assert sum(map(len, makers)) == len(set().union(*makers))
+    torch.set_num_threads(4)
+    try:
+        result = run_streamed(model, image)
+    finally:
+        torch.set_num_threads(1)
+    with torch.inference_mode():
+        assert_close(result, iks_plugin.unpack(model)(image))

@@ -1,0 +1,371 @@
+"""What a graph does not tell: models whose forward takes, makes, keeps or gives more than an image and its like."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import iks_plugin
+from iks_plugin import fast, tracing
+from iks_plugin.trust import is_same
+from test_stream_graphs import Layers, network
+
+pytest.importorskip("numba")
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams seem to be the fastest way."""
+    times = iter(range(10**6))
+    monkeypatch.setattr(fast, "_seconds", lambda act: (act(), next(times))[1])
+
+
+SHAPES = ((1, 3, 24, 24), (2, 3, 24, 24), (1, 3, 30, 17), (1, 3, 24, 24))
+
+
+def body(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(m.head(x)))
+
+
+def by_keyword(m: Any, x: Tensor) -> Tensor:
+    return m.tail(input=F.relu(input=m.b(m.relu(input=m.a(input=m.head(x))))))
+
+
+def fills_a_tensor(m: Any, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape)
+    out[:, :, :, :] = m.tail(body(m, x))
+    return out
+
+
+def adds_to_a_tensor(m: Any, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape)
+    out.add_(m.tail(body(m, x)))
+    return out * 2
+
+
+def adds_up(m: Any, x: Tensor) -> Tensor:
+    total = torch.zeros(1)
+    y = m.tail(body(m, x))
+    total += y.mean()
+    return y + total
+
+
+def overlapping_tiles(m: Any, x: Tensor) -> Tensor:
+    count, channels, high, wide = x.shape
+    out, seen = torch.zeros(count, channels, high, wide), torch.zeros(1, 1, high, wide)
+    for top in (0, high - 16):
+        out[:, :, top : top + 16].add_(m.tail(body(m, x[:, :, top : top + 16])))
+        seen[:, :, top : top + 16].add_(1)
+    return out.div_(seen)
+
+
+def gives_a_mask(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    return m.tail(body(m, x)), torch.ones(x.shape)
+
+
+def one_by_one(m: Any, x: Tensor) -> Tensor:
+    return torch.cat([m.tail(body(m, one)) for one in x.split(1)], 0)
+
+
+def unbound(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.tail(m.b(m.a(one.unsqueeze(0))))[0] for one in m.head(x).unbind(0)], 0)
+
+
+def squeezed(m: Any, x: Tensor) -> Tensor:
+    h = m.head(x).squeeze(0)
+    h = h.unsqueeze(0) if h.dim() == 3 else h
+    return m.tail(m.b(m.a(h)))
+
+
+def after_a_part(change: Callable[[Tensor], object]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(m.head(x))
+        half = h[:, :8]
+        change(h)
+        return m.tail(m.b(h) + torch.cat([half, half], 1))
+
+    return forward
+
+
+def by_another_name(change: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(m.head(x))
+        same = h.contiguous()
+        h = change(h)
+        return m.tail(m.b(h) + same)
+
+    return forward
+
+
+def power(h: Tensor) -> Tensor:
+    h **= 2
+    return h
+
+
+def remainder(h: Tensor) -> Tensor:
+    h %= 0.5
+    return h
+
+
+def rounded(h: Tensor) -> Tensor:
+    h //= 0.1
+    return h
+
+
+def gives_a_list(m: Any, x: Tensor) -> list[Tensor]:
+    h = body(m, x)
+    return [m.tail(h), h]
+
+
+def gives_a_dict(m: Any, x: Tensor) -> dict[str, Tensor]:
+    return {"image": m.tail(body(m, x))}
+
+
+def whole_numbers(m: Any, x: Tensor) -> Tensor:
+    return m.tail(m.b(m.a(m.head(x) * m.a.bias.view(1, 16, 1, 1).mul(10).to(torch.int))))
+
+
+def constants_of_their_own(m: Any, x: Tensor) -> Tensor:
+    offset = m.a.bias.view(1, 16, 1, 1) + 1.0
+    return m.tail(m.b(m.a(m.head(x)) + offset))
+
+
+def some_parts(m: Any, x: Tensor) -> Tensor:
+    parts = m.a(m.head(x)).chunk(4, 1)
+    return m.tail(m.b(torch.cat([parts[0], *parts[1:]], 1)))
+
+
+def looks_at_types(m: Any, x: Tensor) -> Tensor:
+    y = m.tail(body(m, x))
+    return y if isinstance(x, Tensor) else y * 2
+
+
+GRAPHS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "by keyword": by_keyword,
+    "fills a tensor": fills_a_tensor,
+    "adds to a tensor": adds_to_a_tensor,
+    "adds up": adds_up,
+    "overlapping tiles": overlapping_tiles,
+    "gives a mask": gives_a_mask,
+    "one by one": one_by_one,
+    "unbound": unbound,
+    "squeezed": squeezed,
+    "clamp_": after_a_part(lambda h: torch.clamp_(h, min=0)),
+    "elu_": after_a_part(F.elu_),
+    "elu in place": after_a_part(lambda h: F.elu(h, 1.0, True)),
+    "out": after_a_part(lambda h: torch.mul(h, 2, out=h)),
+    "power": by_another_name(power),
+    "remainder": by_another_name(remainder),
+    "rounded": by_another_name(rounded),
+    "gives a list": gives_a_list,
+    "gives a dict": gives_a_dict,
+    "whole numbers": whole_numbers,
+    "constants of their own": constants_of_their_own,
+    "some parts": some_parts,
+    "looks at types": looks_at_types,
+}
+
+
+@pytest.mark.parametrize("forward", GRAPHS.values(), ids=GRAPHS)
+def test_the_same_as_dense(forward: Callable[[Any, Tensor], Any]) -> None:
+    plain = network(forward)
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    results = []
+    with torch.no_grad():
+        for shape in SHAPES:
+            image = torch.rand(shape)
+            result, expected = model(image.clone()), plain(image.clone())
+            results.append((result, copy.deepcopy(result)))
+            assert type(result) is type(expected)
+            assert is_same(result, expected, 1e-5)
+    assert all(is_same(result, before, 0.0) for result, before in results)  # nothing that was given has changed since
+
+
+def test_an_image_that_is_changed_in_place_is_changed() -> None:
+    def centred(m: Any, x: Tensor) -> Tensor:
+        x -= 0.5
+        return m.tail(body(m, x))
+
+    model = iks_plugin.pack(network(centred))
+    image = torch.ones(1, 3, 24, 24)
+    with torch.no_grad():
+        for _ in range(3):
+            model(image)
+    assert float(image.mean()) == pytest.approx(-0.5)
+
+
+class WithOptions(Layers):
+    def __init__(self) -> None:
+        super().__init__(lambda m, x: x)
+
+    def forward(self, x: Tensor, gain: float = 2.0, mask: Tensor | None = None, **others: Tensor) -> Tensor:
+        y: Tensor = self.tail(body(self, x)) * gain
+        y = y if mask is None else y * mask
+        return y + others["more"] if "more" in others else y
+
+
+def test_options_have_their_defaults() -> None:
+    plain = WithOptions().eval()
+    plain.a.weight.data.mul_(torch.rand_like(plain.a.weight) > 0.9)
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    image, mask = torch.rand(1, 3, 24, 24), torch.rand(1, 1, 24, 24)
+    with torch.no_grad():
+        for _ in range(2):
+            assert is_same(model(image), plain(image), 1e-5)
+            assert is_same(model(image, 3.0), plain(image, 3.0), 1e-5)
+            assert is_same(model(image, mask=mask), plain(image, mask=mask), 1e-5)
+            assert is_same(model(image, more=mask), plain(image, more=mask), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda m: random.random(),
+        lambda m: float(np.random.default_rng().random()),
+        lambda m: torch.rand(1, 1, 1, 1),
+        lambda m: torch.rand(1, generator=m.generator),
+    ],
+)
+def test_chance_stays_chance(draw: Callable[[Any], Any]) -> None:
+    model = network(lambda m, x: m.tail(body(m, x)) * (1 + draw(m)))
+    model.generator = torch.Generator()  # type: ignore[assignment]
+    iks_plugin.pack(model)
+    image = torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        assert not torch.equal(model(image), model(image))
+
+
+def remembers(m: Any, x: Tensor) -> Tensor:
+    h = body(m, x)
+    m.seen = h if m.seen is None or m.seen.shape != h.shape else 0.5 * m.seen + h
+    return m.tail(m.seen)
+
+
+def collects(m: Any, x: Tensor) -> Tensor:
+    h = body(m, x)
+    m.maps.append(h)
+    return m.tail(h)
+
+
+def counts(m: Any, x: Tensor) -> Tensor:
+    m.count += 1
+    return m.tail(body(m, x)) * m.count
+
+
+@pytest.mark.parametrize("forward", [remembers, collects, counts])
+def test_what_a_model_remembers(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    plain = network(forward)
+    plain.seen, plain.maps, plain.count = None, [], 0  # type: ignore[assignment]
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    with torch.no_grad():
+        for shape in (*SHAPES, (1, 3, 80, 24)):
+            image = torch.rand(shape)
+            assert is_same(model(image), plain(image), 1e-5)
+    assert len(model.maps) == len(plain.maps)
+    assert model.count == plain.count
+
+
+@pytest.mark.parametrize("change", ["replace", "in place", "list", "dict"])
+def test_attributes_that_change_are_seen(change: str) -> None:
+    model = network(lambda m, x: m.tail(body(m, x) * m.gain * m.gains[0] * m.named["gain"]))
+    model.gain, model.gains, model.named = torch.ones(1), [1.0], {"gain": 1.0}  # type: ignore[assignment]
+    iks_plugin.pack(model)
+    image = torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        before = model(image)
+        if change == "replace":
+            model.gain = torch.full((1,), 2.0)
+        elif change == "in place":
+            model.gain.mul_(2)
+        elif change == "list":
+            model.gains[0] = 2.0
+        else:
+            model.named["gain"] = 2.0
+        assert not is_same(model(image), before)
+        assert is_same(model(image), iks_plugin.unpack(model)(image), 1e-5)
+
+
+def test_layers_in_training_mode_see_each_image_once() -> None:
+    model = network(lambda m, x: m.tail(m.norm(body(m, x))))
+    model.norm = nn.BatchNorm2d(16)
+    iks_plugin.pack(model)
+    model.norm.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(1, 3, 24, 24))
+    assert int(model.norm.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("what", ["a lock", "a tensor with a gradient"])
+def test_models_that_cannot_be_copied(what: str) -> None:
+    model = iks_plugin.pack(network(lambda m, x: m.tail(body(m, x))))
+    image = torch.rand(1, 3, 24, 24)
+    model.extra = threading.Lock() if what == "a lock" else model.head(image)  # type: ignore[assignment]
+    with torch.no_grad():
+        assert is_same(model(image), iks_plugin.unpack(model)(image), 1e-5)
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, IndexError])
+def test_models_that_refuse_a_part_of_an_image(error: type[Exception]) -> None:
+    def only_large(m: Any, x: Tensor) -> Tensor:
+        if x.shape[2] <= 64:
+            raise error("too small")
+        return m.tail(body(m, x))
+
+    plain = network(only_large)
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    image = torch.rand(1, 3, 70, 24)
+    with torch.no_grad():
+        assert is_same(model(image), plain(image), 1e-5)
+
+
+def test_a_gradient_after_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_fastest", lambda ways: "channels_last")
+    model = iks_plugin.pack(network(lambda m, x: m.tail(body(m, x))))
+    image = torch.rand(1, 3, 24, 24)
+    with torch.inference_mode():
+        model(image)
+    image.requires_grad_()
+    model(image).sum().backward()
+    assert image.grad is not None
+
+
+def test_feature_maps_are_dropped_when_nobody_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result = torch.tanh(x)
+            made.append(weakref.ref(result))
+            alive.append(sum(one() is not None for one in made))
+            return result
+
+    def deep(m: Any, x: Tensor) -> Tensor:
+        h = m.head(x)
+        for _ in range(12):
+            h = m.look(m.a(h))
+        return m.tail(h)
+
+    usual = tracing.Tracer.is_leaf_module
+    monkeypatch.setattr(tracing.Tracer, "is_leaf_module", lambda *given: isinstance(given[1], Looks) or usual(*given))
+    model = network(deep)
+    model.look = Looks()
+    trace = tracing.trace(iks_plugin.pack(model), torch.Size((1, 3, 24, 24)))
+    assert trace.steps is not None
+    made.clear()  # those without data, of which the shapes were known
+    alive.clear()
+    with torch.no_grad():
+        tracing.run(trace.steps, dict(model.named_modules()), torch.rand(1, 3, 24, 24))
+    assert len(alive) == 12
+    assert max(alive) <= 2
