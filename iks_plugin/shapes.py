@@ -13,15 +13,14 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .calls import ADD, DIV, JOIN, LEAKY, METHODS, MUL, RELU, SUB
 from .runtime import Packed, PackedWeight
 from .swap import original_class
 
 _KEY = "iks_plugin"
-_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div}
-_METHODS = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "relu": F.relu}
-_LIKE_THE_FIRST = {F.relu, F.leaky_relu, F.prelu, F.gelu, F.silu, torch.relu, torch.sigmoid, torch.tanh}
+_ARITHMETIC = ADD | SUB | MUL | DIV
+_LIKE_THE_FIRST = RELU | LEAKY | {F.prelu, F.gelu, F.silu, torch.sigmoid, torch.tanh}
 _LIKE_THE_INPUT = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Identity, nn.Dropout)
-_JOIN = {torch.cat, torch.concat, torch.concatenate}
 
 
 def value_of(node: torch.fx.Node) -> Any:
@@ -61,7 +60,7 @@ class Shapes:
             return self._call(str(node.target), *arguments, **keywords)
         if node.op == "call_method":
             method = getattr(type(arguments[0]), str(node.target))
-            return _call_function(_METHODS.get(str(node.target), method), *arguments, **keywords)
+            return _call_function(METHODS.get(str(node.target), method), *arguments, **keywords)
         if node.op == "call_function":
             return _call_function(node.target, *arguments, **keywords)
         return None
@@ -105,7 +104,7 @@ def _call_function(function: Any, *arguments: Any, **keywords: Any) -> Any:
         return torch.empty(shape, dtype=arguments[0].dtype, device="meta")
     if function is F.interpolate:
         return _interpolated(*arguments, **keywords)
-    if function in _JOIN and len(arguments) == 2 and not keywords:
+    if function in JOIN and len(arguments) == 2 and not keywords:
         return _joined(*arguments)
     return function(*arguments, **keywords)
 

@@ -13,16 +13,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .operations import (
-    AUGMENTED,
-    Builder,
-    CannotStreamError,
-    Operations,
-    as_channels,
-    is_in_place,
-    may_be_a_view,
-    takes_channels,
-)
+from .builder import Builder
+from .calls import AUGMENTED, CannotStreamError, is_in_place, may_be_a_view, takes_channels
+from .operations import Operations, as_channels
 from .runtime import Packed, PackedWeight
 from .shapes import Shapes, shape_of, value_of
 from .streams import Stream

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .operations import AUGMENTED
+from .calls import AUGMENTED
 
 _WRITING = {"setitem", *(function.__name__ for function in AUGMENTED)}
 _PLAIN = (bool, int, float, str, type(None))
