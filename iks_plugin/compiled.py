@@ -6,6 +6,8 @@ For it, making a dense weight is one operation, `torch.ops.iks_plugin.dense_weig
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,25 +29,32 @@ is_compiling: Callable[[], bool] = (
 """Whether `torch.compile` is looking at what runs. torch 2.1 has it elsewhere."""
 
 
-def register(unpack: Callable[..., Tensor]) -> None:
-    """Let `unpack`, which takes the operation's arguments, make the dense weights."""
-    for device in () if _is_known else ("CPU", "CUDA"):
-        _library.impl("dense_weight", unpack, device)  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class Parts:
+    """What the operation is given: the tensors and the settings of a `PackedWeight`."""
+
+    values: Tensor
+    index: Tensor
+    counts: Tensor | None
+    scales: Tensor | None
+    shape: list[int]
+    dtype: torch.dtype
+    block: int
+    axis: int | None
+    order: list[int] | None
 
 
-def _empty(
-    values: Tensor,
-    index: Tensor,
-    counts: Tensor | None,
-    scales: Tensor | None,
-    shape: list[int],
-    dtype: torch.dtype,
-    block: int,
-    axis: int | None,
-    order: list[int] | None,
-) -> Tensor:
-    dense = torch.empty(shape, dtype=dtype, device=values.device)
-    return entries.in_order(dense, None if order is None else tuple(order))
+def register(unpack: Callable[[Parts], Tensor]) -> None:
+    """Let `unpack` make the dense weights."""
+    if not _is_known:
+        for device in ("CPU", "CUDA"):
+            _library.impl("dense_weight", lambda *given: unpack(Parts(*given)), device)  # type: ignore[no-untyped-call]
+
+
+def _empty(*given: Any) -> Tensor:
+    parts = Parts(*given)
+    dense = torch.empty(parts.shape, dtype=parts.dtype, device=parts.values.device)
+    return entries.in_order(dense, None if parts.order is None else tuple(parts.order))
 
 
 if not _is_known:

@@ -214,22 +214,13 @@ class PackedWeight(nn.Module):
         return f"{tuple(self.shape)}, {self.values.numel():,} {stored} values, {self.nbytes:,} bytes"
 
 
-def _unpacked(
-    values: Tensor,
-    index: Tensor,
-    counts: Tensor | None,
-    scales: Tensor | None,
-    shape: list[int],
-    dtype: torch.dtype,
-    block: int,
-    axis: int | None,
-    order: list[int] | None,
-) -> Tensor:
+def _unpacked(parts: compiled.Parts) -> Tensor:
     weight = PackedWeight.__new__(PackedWeight)
     nn.Module.__init__(weight)
-    weight.values, weight.index, weight.counts, weight.scales = values, index, counts, scales
-    weight.shape, weight.dtype, weight.block, weight.axis = torch.Size(shape), dtype, block, axis
-    weight.order = None if order is None else tuple(order)
+    for name, part in vars(parts).items():
+        setattr(weight, name, part)
+    weight.shape = torch.Size(parts.shape)
+    weight.order = None if parts.order is None else tuple(parts.order)
     return weight.forward()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -390,3 +392,15 @@ def test_loading_makes_no_dense_weight(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_is_printed_tells_sizes(packed: nn.Module) -> None:
     assert "PackedConv2d" in repr(packed)
     assert "float32 values" in repr(packed)
+
+
+def test_the_package_can_be_imported_anew() -> None:
+    """The operation for torch.compile is torch's for as long as the process lives."""
+    code = """
+import sys
+import iks_plugin
+for name in [name for name in sys.modules if name.startswith("iks_plugin")]:
+    del sys.modules[name]
+import iks_plugin
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(iks_plugin.__file__).parents[1])
