@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 Pair = tuple[int, int]
-"""Rows and columns."""
+"""Of rows and of columns, where nothing else is said."""
 _MOST_TAPS = 256
 """Weights that a convolution may have for one input and one output channel."""
 
