@@ -38,6 +38,7 @@ AUGMENTED = (
     *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 )
 """`x += y` and its like, which work in place on tensors."""
+_WRITING = {"setitem", *(function.__name__ for function in AUGMENTED)}
 
 
 class CannotStreamError(Exception):
@@ -53,16 +54,20 @@ def function_of(node: torch.fx.Node) -> Any:
     return None
 
 
+def says_in_place(target: Any) -> bool:
+    """Whether a function, or the method of that name, works in place by what it is called."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name.strip("_") in _WRITING or (name.endswith("_") and not name.endswith("__"))
+
+
 def is_in_place(node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node overwrites what it reads."""
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    name = getattr(node.target, "__name__", "")
     return (
-        node.target in AUGMENTED
-        or (name.endswith("_") and not name.endswith("__"))
+        says_in_place(node.target)
         or bool({"inplace", "out"} & {key for key, value in node.kwargs.items() if value})
         or (node.target in (F.relu, F.leaky_relu) and True in node.args[1:])
     )

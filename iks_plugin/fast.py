@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .compiled import is_compiling
 from .errors import IksWarning
 from .program import UnexpectedInputError
-from .runtime import Packed, PackedWeight
+from .runtime import Packed, PackedWeight, version_of
 from .swap import Swapped, original_class, swapped_class
 
 _STRIP = (64, 256)
@@ -231,7 +231,7 @@ def _settings(model: nn.Module) -> tuple[Any, ...]:
         for module in model.modules()
     )
     tensors = (*model.parameters(), *model.buffers())
-    return plain, tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    return plain, tuple(map(_state, tensors))
 
 
 def _state(value: Any) -> Any:
@@ -239,7 +239,7 @@ def _state(value: Any) -> Any:
     if type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor):
-        return id(value), 0 if value.is_inference() else value._version
+        return id(value), version_of(value)
     if type(value) in (tuple, list):
         return tuple(map(_state, value))
     if type(value) is dict:

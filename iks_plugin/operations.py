@@ -31,7 +31,7 @@ from .calls import (
     whole_scale,
 )
 from .program import Window
-from .runtime import Packed
+from .runtime import class_unpacked
 from .shapes import shape_of, value_of
 
 Constant = Tensor | float
@@ -138,9 +138,8 @@ def _may_be_alike(one: Any, other: Any) -> bool:
 
 def _streaming_module(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
-        is_plain = (type(module).__bases__[1] if isinstance(module, Packed) else type(module)) is nn.Conv2d
         hooks = module._forward_hooks or module._forward_pre_hooks
-        return is_plain and not hooks and Window.of(module) is not None
+        return class_unpacked(module) is nn.Conv2d and not hooks and Window.of(module) is not None
     if isinstance(module, nn.Upsample):
         return module.size is None and whole_scale(module.scale_factor, module.mode) is not None
     if type(module) in (nn.Dropout, nn.Dropout2d):

@@ -42,11 +42,12 @@ class Kept:
     version: int
 
     def is_of(self, values: Tensor) -> bool:
-        return self.values is values and self.version == _version(values)
+        return self.values is values and self.version == version_of(values)
 
 
-def _version(values: Tensor) -> int:
-    return 0 if values.is_inference() else values._version
+def version_of(tensor: Tensor) -> int:
+    """A number that changes with a tensor's values."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class PackedWeight(nn.Module):
@@ -124,7 +125,7 @@ class PackedWeight(nn.Module):
                 dense = self()
                 if dense.ndim == 4:  # other weights have one layout only
                     dense = dense.contiguous(memory_format=memory_format)
-            self._kept = Kept(dense, memory_format, self.values, _version(self.values))
+            self._kept = Kept(dense, memory_format, self.values, version_of(self.values))
 
     def drop(self) -> None:
         """Undo `keep`."""
@@ -371,6 +372,11 @@ def swap_in(packed: Mapping[nn.Module, PackedWeight]) -> None:
         del layer._parameters["weight"]
         layer.packed_weight = weight
         layer.__class__ = swapped_class(Packed, type(layer))
+
+
+def class_unpacked(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer, packed or not, as it is when it is not packed."""
+    return original_class(layer) if isinstance(layer, Packed) else type(layer)
 
 
 def is_packed(model: nn.Module) -> bool:

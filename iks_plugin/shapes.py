@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .calls import ADD, DIV, JOIN, LEAKY, METHODS, MUL, RELU, SUB
-from .runtime import Packed, PackedWeight
+from .runtime import Packed, PackedWeight, class_unpacked
 from .swap import original_class
 
 _KEY = "iks_plugin"
@@ -72,7 +72,7 @@ class Shapes:
 
     def _call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
         module = self._root.get_submodule(name)
-        plain = original_class(module) if isinstance(module, Packed) else type(module)
+        plain = class_unpacked(module)
         if plain is nn.Conv2d and isinstance(module, nn.Conv2d):
             return _convolved(module, *arguments, **keywords)
         if plain is nn.PixelShuffle:

@@ -9,9 +9,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .calls import AUGMENTED
+from .calls import says_in_place
 
-_WRITING = {"setitem", *(function.__name__ for function in AUGMENTED)}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -30,13 +29,11 @@ def check_writes_no_constant(target: Any, args: Any, kwargs: Any, root: nn.Modul
     Raises:
         UnsafeGraphError: it does.
     """
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    writes = name.strip("_") in _WRITING or (name.endswith("_") and not name.endswith("__"))
-    written = [kwargs["out"]] if "out" in kwargs else list(args[:1]) if writes else []
+    written = [kwargs["out"]] if "out" in kwargs else list(args[:1]) if says_in_place(target) else []
     for tensor in written:
         owned = any(tensor is one for one in (*root.parameters(), *root.buffers()))
         if isinstance(tensor, Tensor) and not isinstance(tensor, torch.fx.Proxy) and not owned:
-            raise UnsafeGraphError(f"{name} writes to a tensor that forward makes")
+            raise UnsafeGraphError(f"{target} writes to a tensor that forward makes")
 
 
 def is_all(graph: torch.fx.Graph, model: nn.Module) -> bool:
