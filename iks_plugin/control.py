@@ -321,7 +321,7 @@ class SparsityController:
         if isinstance(self._law, laws.SurgeonLaw):
             all_shifts(layers)  # raises where something is not finite
             zeros = max(laws.count_for(sparsity, count_weights(layers.values())), count_raw_zeros(layers.values()))
-            surgeon.prune(layers, self._curvature.found(), zeros)
+            surgeon.prune(layers, self._curvature.found(), zeros, self._law.score)
             self._factors = None
             return
         shifts = all_shifts(layers)

@@ -1,6 +1,7 @@
 """The laws that drive thresholds to a sparsity: formulas over numbers and tensors, without any state.
 
-The law "obs" (`surgeon.py`) decides for each weight by what its loss costs; the other two by its magnitude.
+The law "obs" (`surgeon.py`) decides for each weight by its magnitude and by what its loss costs; the other two by its
+magnitude alone.
 
 A weight w with threshold t is zero iff |w| <= sigmoid(t). The law "paper" multiplies all thresholds by a ratio, as
 published. The law "exact" adds one shift d to them: w is then zero iff d >= logit(|w|) - t, its critical shift, so the
@@ -76,6 +77,15 @@ class SurgeonLaw(ExactLaw):
         """Whether the curvature is to be measured in the step after `step`: shortly before each action of the ramp."""
         ahead = range(step + 1, step + 1 + MEASURED_STEPS)
         return any(self.acts_at(later) and later <= self.ramp_steps for later in ahead)
+
+    def score(self, magnitude: Tensor, sensitivity: Tensor) -> Tensor:
+        """|w| * sqrt(s): the geometric mean of |w| and of |w| * s, the square root of what the loss grows by without w.
+
+        What the loss grows by says what the network of this moment can spare; by that alone whole channels go whose
+        gradients happen to be small, and a network that goes on training misses them. Magnitude knows nothing of what
+        the layers do. Their mean loses less than either (docs/method.md).
+        """
+        return magnitude * sensitivity.sqrt()
 
     def update_factor(self, density: float) -> float:
         """By how much the steps of a layer become longer of whose weights so many are left, in (0, 1]."""

@@ -2,13 +2,14 @@
 
 With H = E[u u^T] + damping the loss grows, to second order, by w_i^2 / [H^-1]_ii * E[g^2] / 2 when weight i goes and
 the other weights of its output channel adapt as well as they can (Hassibi & Stork 1992, "Optimal Brain Surgeon";
-Frantar & Alistarh 2022 for layers). By that score weights of all layers are compared. The weights that stay are then
-the ones of least squared error on the layer's inputs: H_SS w_S = (H w)_S for the support S of an output channel.
+Frantar & Alistarh 2022 for layers). By that and by their magnitude (`SurgeonLaw.score`) weights of all layers are
+compared. The weights that stay are then the ones of least squared error on the layer's inputs: H_SS w_S = (H w)_S for
+the support S of an output channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from .laws import CLOSED
 from .layers import Gated
 from .measure import zeros_in
 
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Magnitudes of weights and their sensitivities, of shapes that broadcast, to scores: the smallest go first."""
+
 DAMPING = 0.01
 """What is added to the diagonal of E[u u^T], as a share of its mean."""
 _HIGHEST = 0.5
@@ -28,7 +32,7 @@ _AT_ONCE = 1 << 24
 
 
 @torch.no_grad()
-def prune(layers: Mapping[str, Gated], curvature: Mapping[str, Curvature], zeros: int) -> None:
+def prune(layers: Mapping[str, Gated], curvature: Mapping[str, Curvature], zeros: int, score: Score) -> None:
     """Bring the layers to exactly `zeros` zeros, by their thresholds; weights and biases that stay take over.
 
     Weights come back, where there are too many zeros, as good as zero: for training to make something of them.
@@ -37,23 +41,23 @@ def prune(layers: Mapping[str, Gated], curvature: Mapping[str, Curvature], zeros
         layers: gated ones, with a threshold for each weight, all of them finite.
         curvature: of as many layers as it could be measured of.
         zeros: between the number of raw zeros and that of all weights.
+        score: the law's.
     """
     missing = zeros - zeros_in(layer.weight for layer in layers.values())
     if missing < 0:
         _wake(layers, -missing)
     elif missing:
         weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        staying = _choose(layers, weights, curvature, missing)
+        staying = _choose(layers, weights, all_scores(layers, weights, curvature, score), missing)
         for name, layer in layers.items():
             _operate(layer, weights[name], staying[name], curvature.get(name))
     _agree(layers)
 
 
 def _choose(
-    layers: Mapping[str, Gated], weights: Mapping[str, Tensor], curvature: Mapping[str, Curvature], going: int
+    layers: Mapping[str, Gated], weights: Mapping[str, Tensor], scores: Mapping[str, Tensor], going: int
 ) -> dict[str, Tensor]:
     """Which weights of each layer stay when `going` of all that are not zero go."""
-    scores = all_scores(layers, weights, curvature)
     device = next(iter(scores.values())).device
     flat = torch.cat([scores[name].flatten().to(device) for name in layers])
     alive = torch.cat([weights[name].flatten().to(device) != 0 for name in layers])
@@ -67,28 +71,33 @@ def _choose(
 
 
 def all_scores(
-    layers: Mapping[str, Gated], weights: Mapping[str, Tensor], curvature: Mapping[str, Curvature]
+    layers: Mapping[str, Gated], weights: Mapping[str, Tensor], curvature: Mapping[str, Curvature], score: Score
 ) -> dict[str, Tensor]:
-    """The square root of what the loss grows by when a weight goes, up to a common factor; shaped as the weights.
+    """The scores of all weights, up to a common factor; shaped as the weights.
 
     A layer without curvature is scored by magnitude, scaled so that its typical score is that of the other layers.
     """
     scores = {
-        name: scores_of(layers[name], weights[name], known) for name, known in curvature.items() if name in layers
+        name: score(weights[name].abs().float(), sensitivities(layers[name], known))
+        for name, known in curvature.items()
+        if name in layers
     }
     ratios = [float(scores[name].mean() / weights[name].abs().float().mean().clamp(min=1e-30)) for name in scores]
     typical = sorted(ratios)[len(ratios) // 2] if ratios else 1.0
     return {name: scores[name] if name in scores else weights[name].abs().float() * typical for name in layers}
 
 
-def scores_of(layer: Gated, weight: Tensor, curvature: Curvature) -> Tensor:
-    """|w_i| * sqrt(E[g^2] / [H^-1]_ii) for the weights of one layer."""
-    n = _rows(layer, weight, None).shape[-1]
+def sensitivities(layer: Gated, curvature: Curvature) -> Tensor:
+    """sqrt(E[g^2] / [H^-1]_ii) for the weights of one layer, shaped as they are, float32.
+
+    Times |w_i| it is the square root of what the loss grows by when weight i goes, up to a common factor.
+    """
+    weight = layer.raw_weight
+    rows = _rows(layer, weight, None)
     inverse = torch.cholesky_inverse(_factor(damped(curvature.inputs)))
-    spread = inverse.diagonal(dim1=-2, dim2=-1)[..., :n].clamp(min=1e-30).rsqrt()  # (groups, parts, n)
-    rows = _rows(layer, weight.float().abs(), None) * spread.unsqueeze(2)
-    rows = rows * curvature.gradients.view(len(rows), 1, -1, 1).clamp(min=0).sqrt()
-    return _unrows(rows, weight.shape)
+    spread = inverse.diagonal(dim1=-2, dim2=-1)[..., : rows.shape[-1]].clamp(min=1e-30).rsqrt()  # (groups, parts, n)
+    gradients = curvature.gradients.view(len(rows), 1, -1, 1).clamp(min=0).sqrt()
+    return _unrows(spread.unsqueeze(2) * gradients, weight.shape)
 
 
 def damped(inputs: Tensor, share: float = DAMPING) -> Tensor:

@@ -22,13 +22,13 @@ from benchmarks.quality.methods.issp import ISSP, shrink_unimportant
 from benchmarks.quality.methods.masks import count_for, cubic_sparsity, global_masks
 from benchmarks.quality.methods.rigl import RigL, drop_and_grow, update_share
 from benchmarks.quality.methods.str_ import STR, SoftThreshold, decay_for
-from benchmarks.quality.methods.without import by_magnitude, on_their_own
+from benchmarks.quality.methods.without import PARTS, by_magnitude, on_their_own
 from benchmarks.quality.training import DivergedError, train
 from benchmarks.quality.trial import counted_layers
 from iks_plugin import IksError, OptionError
 from iks_plugin.curvature import Curvature
 from iks_plugin.layers import gated_layers
-from iks_plugin.surgeon import compensated, damped, scores_of
+from iks_plugin.surgeon import compensated, damped, sensitivities
 
 
 class Net(nn.Module):
@@ -81,10 +81,10 @@ def started(method: Method, target: float, steps: int = 100, ramp: int = 60) -> 
 # --- all methods ---
 
 
-PARTS = ["iks-without:part=takeover", "iks-without:part=curvature"]
+WITHOUT = [f"iks-without:part={part}" for part in PARTS]
 
 
-@pytest.mark.parametrize("name", [*METHODS, *PARTS, "rigl:interval=4", "iss-p:shrink=0"])
+@pytest.mark.parametrize("name", [*METHODS, *WITHOUT, "rigl:interval=4", "iss-p:shrink=0"])
 def test_a_plain_model_with_the_wanted_zeros_in_the_same_layers(name: str) -> None:
     torch.manual_seed(0)
     fresh = Net()
@@ -404,18 +404,17 @@ def test_what_is_left_without_a_part() -> None:
     inputs = torch.randn(500, 73, generator=torch.Generator().manual_seed(0))
     inputs[:, 1:] += inputs[:, :-1]
     known = Curvature((inputs.T @ inputs / 500)[None, None], torch.rand(8))
-    weight = layer.weight.detach()
     alone, plain = on_their_own(known), by_magnitude(known)
     torch.testing.assert_close(
-        scores_of(layer, weight, alone), scores_of(layer, weight, known), rtol=0.03, atol=0.0
+        sensitivities(layer, alone), sensitivities(layer, known), rtol=0.03, atol=0.0
     )  # the damping of 1 % comes twice
-    plain_scores = scores_of(layer, weight, plain)
-    torch.testing.assert_close(plain_scores / plain_scores.max(), weight.abs() / weight.abs().max())
+    everywhere = sensitivities(layer, plain)
+    torch.testing.assert_close(everywhere, everywhere[0, 0, 0, 0].expand_as(everywhere))
     rows, support = torch.randn(1, 1, 8, 73), torch.rand(1, 1, 8, 73) < 0.5
     for changed in (alone, plain):
         torch.testing.assert_close(compensated(rows, support, damped(changed.inputs)), rows * support)
 
 
 def test_the_unknown_part_is_named() -> None:
-    with pytest.raises(IksError, match="iks-without: expected part=steps, takeover or curvature, got 'all'"):
+    with pytest.raises(IksError, match="iks-without: expected part=steps, magnitude, takeover or curvature, got 'all'"):
         started(make_method("iks-without:part=all"), 0.9)

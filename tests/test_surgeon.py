@@ -93,14 +93,14 @@ def gated(layer: nn.Module) -> Gated:
     return gated_layers(model)["0"]
 
 
-def test_a_score_is_what_the_loss_grows_by() -> None:
+def test_sensitivities_are_what_the_loss_grows_by() -> None:
     """Each weight of a layer removed by itself, the others at their best, against the formula."""
     torch.manual_seed(0)
     layer = gated(nn.Linear(6, 3))
     h, importance = moments_for(7, 1)[None, None], torch.tensor([1.0, 4.0, 0.25])
     known = surgeon.Curvature(h, importance)
     weight = layer.weight.detach()
-    scores = surgeon.scores_of(layer, weight, known)
+    roots = weight.abs() * surgeon.sensitivities(layer, known)
     rows = torch.cat([weight, layer.bias.detach().unsqueeze(1)], dim=1)[None, None]
     for output in range(3):
         for place in range(6):
@@ -108,7 +108,7 @@ def test_a_score_is_what_the_loss_grows_by() -> None:
             support[0, 0, output, place] = False
             change = (surgeon.compensated(rows, support, surgeon.damped(h)) - rows)[0, 0, output]
             growth = importance[output] * (change @ surgeon.damped(h)[0, 0] @ change)
-            torch.testing.assert_close(scores[output, place] ** 2, growth, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(roots[output, place] ** 2, growth, rtol=1e-3, atol=1e-6)
 
 
 class Mixed(nn.Module):
@@ -188,6 +188,12 @@ def test_steps_are_longer_where_few_weights_are_left() -> None:
     expected = -1e-3 * laws.SurgeonLaw(10, 1, None).update_factor(density) * layer.raw_weight.grad
     torch.testing.assert_close(layer.raw_weight - before, expected, rtol=1e-3, atol=2e-7)
     torch.testing.assert_close(layer.bias - bias, -1e-3 * layer.bias.grad, rtol=1e-3, atol=2e-7)
+
+
+def test_a_score_is_the_mean_of_magnitude_and_of_what_the_loss_grows_by() -> None:
+    magnitude, sensitivity = torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.tensor([4.0, 0.25, 9.0, 0.0])
+    score = laws.SurgeonLaw(10, 1, None).score(magnitude, sensitivity)
+    torch.testing.assert_close(score**2, magnitude * (magnitude * sensitivity))
 
 
 @pytest.mark.parametrize(

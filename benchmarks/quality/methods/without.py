@@ -23,6 +23,13 @@ class EqualSteps(laws.SurgeonLaw):
         return 1.0
 
 
+class LossAlone(laws.SurgeonLaw):
+    """Those weights go without which the loss grows least, whatever their magnitude."""
+
+    def score(self, magnitude: Tensor, sensitivity: Tensor) -> Tensor:
+        return magnitude * sensitivity
+
+
 def on_their_own(known: Curvature) -> Curvature:
     """H made diagonal with the same 1 / [H^-1]_ii: the same scores, and nothing for the others to take over."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(known.inputs)))
@@ -35,21 +42,24 @@ def by_magnitude(known: Curvature) -> Curvature:
     return Curvature(identity, torch.ones_like(known.gradients))
 
 
+LAWS = {"steps": EqualSteps, "magnitude": LossAlone}
 CHANGES: dict[str, Callable[[Curvature], Curvature]] = {"takeover": on_their_own, "curvature": by_magnitude}
+PARTS = (*LAWS, *CHANGES)
 
 
 @dataclass
 class IKSWithout(IKS):
-    """`iks` without a part: "steps" of different length, the others' "takeover", or all "curvature" (by magnitude)."""
+    """`iks` without a part: "steps" of different length, "magnitude" in the score (the loss alone), the others'
+    "takeover", or all "curvature" (by magnitude, nothing taken over)."""
 
     part: str = "steps"
 
     def start(self, model: nn.Module, layers: dict[str, nn.Module], target: float, schedule: Schedule) -> None:
-        if self.part != "steps" and self.part not in CHANGES:
-            raise IksError(f"iks-without: expected part=steps, {' or '.join(CHANGES)}, got {self.part!r}")
+        if self.part not in PARTS:
+            raise IksError(f"iks-without: expected part={', '.join(PARTS[:-1])} or {PARTS[-1]}, got {self.part!r}")
         super().start(model, layers, target, schedule)
-        if self.part == "steps":
-            self.controller._law = EqualSteps(**asdict(self.controller._law))
+        if self.part in LAWS:
+            self.controller._law = LAWS[self.part](**asdict(self.controller._law))
             return
         change, found = CHANGES[self.part], self.controller._curvature.found
         self.controller._curvature.found = lambda: {name: change(known) for name, known in found().items()}  # type: ignore[method-assign]
