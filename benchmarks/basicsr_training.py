@@ -160,10 +160,16 @@ def main() -> None:
     )
     parser.add_argument("--iterations", type=int, default=1200, help="of the two trainings, 0 for none (%(default)s)")
     parser.add_argument("--cost-iterations", type=int, default=60, help="of each training for the cost (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="trainings of each kind for the cost (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="trainings of each kind for the cost, 0 for none (%(default)s)"
+    )
     options = parser.parse_args()
     if (options.test_hr is None) != (options.test_lr is None):
         parser.error("give --test-hr and --test-lr together")
+    if options.rounds and options.cost_iterations < 4 * LINES:
+        parser.error(
+            f"--cost-iterations must be at least {4 * LINES}, got {options.cost_iterations}; --rounds 0 is without"
+        )
 
     opt = yaml.safe_load((EXAMPLES / "EDSR_x2.yml").read_text().replace("!!float ", "").replace("!!int ", ""))
     opt["train"]["optim_g"]["lr"] = float(opt["train"]["optim_g"]["lr"])

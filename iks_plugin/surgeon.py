@@ -24,7 +24,9 @@ Score = Callable[[Tensor, Tensor], Tensor]
 """Magnitudes of weights and their sensitivities, of shapes that broadcast, to scores: the smallest go first."""
 
 DAMPING = 0.01
-"""What is added to the diagonal of E[u u^T], as a share of its mean."""
+"""What is added to the diagonal of E[u u^T], as a share of its mean, or of each entry."""
+_FLOOR = 1e-12
+"""What is added besides where it is a share of each entry, as a share of the mean: next to nothing."""
 _HIGHEST = 0.5
 """Magnitude up to which a weight that has gone is kept: far below a closed gate."""
 _AT_ONCE = 1 << 24
@@ -94,7 +96,7 @@ def sensitivities(layer: Gated, curvature: Curvature) -> Tensor:
     """
     weight = layer.raw_weight
     rows = _rows(layer, weight, None)
-    inverse = torch.cholesky_inverse(_factor(damped(curvature.inputs)))
+    inverse = torch.cholesky_inverse(_factor(damped_each(curvature.inputs)))
     spread = inverse.diagonal(dim1=-2, dim2=-1)[..., : rows.shape[-1]].clamp(min=1e-30).rsqrt()  # (groups, parts, n)
     gradients = curvature.gradients.view(len(rows), 1, -1, 1).clamp(min=0).sqrt()
     return _unrows(spread.unsqueeze(2) * gradients, weight.shape)
@@ -105,6 +107,12 @@ def damped(inputs: Tensor, share: float = DAMPING) -> Tensor:
     mean = inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
     identity = torch.eye(inputs.shape[-1], device=inputs.device)
     return inputs + (share * mean + 1e-12)[..., None, None] * identity
+
+
+def damped_each(inputs: Tensor) -> Tensor:
+    """H with a little more of each input's own: weights of inputs that are always zero would seem to matter else."""
+    own = inputs.diagonal(dim1=-2, dim2=-1)
+    return inputs + torch.diag_embed(DAMPING * own + _FLOOR * own.mean(-1, keepdim=True) + 1e-30)
 
 
 def _factor(matrices: Tensor) -> Tensor:

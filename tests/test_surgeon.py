@@ -102,12 +102,13 @@ def test_sensitivities_are_what_the_loss_grows_by() -> None:
     weight = layer.weight.detach()
     roots = weight.abs() * surgeon.sensitivities(layer, known)
     rows = torch.cat([weight, layer.bias.detach().unsqueeze(1)], dim=1)[None, None]
+    damped = surgeon.damped_each(h)
     for output in range(3):
         for place in range(6):
             support = torch.ones_like(rows, dtype=torch.bool)
             support[0, 0, output, place] = False
-            change = (surgeon.compensated(rows, support, surgeon.damped(h)) - rows)[0, 0, output]
-            growth = importance[output] * (change @ surgeon.damped(h)[0, 0] @ change)
+            change = (surgeon.compensated(rows, support, damped) - rows)[0, 0, output]
+            growth = importance[output] * (change @ damped[0, 0] @ change)
             torch.testing.assert_close(roots[output, place] ** 2, growth, rtol=1e-3, atol=1e-6)
 
 
@@ -188,6 +189,19 @@ def test_steps_are_longer_where_few_weights_are_left() -> None:
     expected = -1e-3 * laws.SurgeonLaw(10, 1, None).update_factor(density) * layer.raw_weight.grad
     torch.testing.assert_close(layer.raw_weight - before, expected, rtol=1e-3, atol=2e-7)
     torch.testing.assert_close(layer.bias - bias, -1e-3 * layer.bias.grad, rtol=1e-3, atol=2e-7)
+
+
+def test_weights_that_see_nothing_go_first() -> None:
+    """The second layer's inputs from a channel that ReLU holds at zero count for nothing, however large their weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    with torch.no_grad():
+        model[0].weight[3], model[0].bias[3] = 0.0, -1.0
+        model[2].weight[:, 3] *= 10
+    iks_plugin.sparsify(model, 0.2, law="obs", include="*", ramp_steps=5)
+    toys.train(model, torch.optim.SGD(model.parameters(), lr=1e-4), 5, channels=8)
+    assert int((model[2].weight[:, 3] != 0).sum()) == 0
+    assert float((model[2].weight != 0).float().mean()) > 0.6
 
 
 def test_a_score_is_the_mean_of_magnitude_and_of_what_the_loss_grows_by() -> None:

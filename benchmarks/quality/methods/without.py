@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iks_plugin import IksError, laws
 from iks_plugin.curvature import Curvature
-from iks_plugin.surgeon import damped
+from iks_plugin.surgeon import damped_each
 
 from .base import Schedule
 from .iks import IKS
@@ -32,7 +32,7 @@ class LossAlone(laws.SurgeonLaw):
 
 def on_their_own(known: Curvature) -> Curvature:
     """H made diagonal with the same 1 / [H^-1]_ii: the same scores, and nothing for the others to take over."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(known.inputs)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_each(known.inputs)))
     return Curvature(torch.diag_embed(inverse.diagonal(dim1=-2, dim2=-1).reciprocal()), known.gradients)
 
 
