@@ -192,7 +192,7 @@ def test_steps_are_longer_where_few_weights_are_left() -> None:
 
 
 def test_weights_that_see_nothing_go_first() -> None:
-    """The second layer's inputs from a channel that ReLU holds at zero count for nothing, however large their weights."""
+    """Inputs that ReLU holds at zero count for nothing, however large their weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
     with torch.no_grad():
