@@ -79,11 +79,11 @@ class SurgeonLaw(ExactLaw):
         return any(self.acts_at(later) and later <= self.ramp_steps for later in ahead)
 
     def score(self, magnitude: Tensor, sensitivity: Tensor) -> Tensor:
-        """|w| * sqrt(s): the geometric mean of |w| and of |w| * s, the square root of what the loss grows by without w.
+        """|w| * sqrt(s), the geometric mean of |w| and |w| * s. (|w| * s)^2 is what the loss grows by without w.
 
         What the loss grows by says what the network of this moment can spare; by that alone whole channels go whose
         gradients happen to be small, and a network that goes on training misses them. Magnitude knows nothing of what
-        the layers do. Their mean loses less than either (docs/method.md).
+        the layers do. Each alone fails somewhere; docs/quality.md has what that costs.
         """
         return magnitude * sensitivity.sqrt()
 

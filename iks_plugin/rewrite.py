@@ -80,9 +80,10 @@ def sparsify(
             request.
         granularity: what shares a threshold: "weight" (each has its own), "kernel" (a k x k slice), "filter" (an
             output channel) or "layer". Zeros are single weights with any of them.
-        law: "obs" reaches the target along a cubic ramp: the weights go that the loss needs least, and the others take
-            over their work; it decides for each weight by itself. "exact" takes the same ramp by magnitude, with any
-            granularity. "paper" is the published law. Default: "obs", and "exact" where thresholds are shared.
+        law: "obs" reaches the target along a cubic ramp: the weights go that are small and that the loss needs little,
+            and the others take over their work; it decides for each weight by itself. "exact" takes the same ramp by
+            magnitude, with any granularity. "paper" is the published law. Default: "obs", and "exact" where thresholds
+            are shared.
         total_steps: optimizer steps of the whole training, counted from now. The ramp then takes 60 % of them.
         ramp_steps: laws "exact" and "obs": length of the ramp in steps; default 1000 where `total_steps` is not given.
         epoch_steps: law "paper": optimizer steps of one epoch.

@@ -21,12 +21,14 @@ from .layers import Gated
 from .measure import zeros_in
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""Magnitudes of weights and their sensitivities, of shapes that broadcast, to scores: the smallest go first."""
+"""From the magnitudes of weights and their sensitivities, shaped alike, to scores: the smallest go first."""
 
 DAMPING = 0.01
 """What is added to the diagonal of E[u u^T], as a share of its mean, or of each entry."""
 _FLOOR = 1e-12
 """What is added besides where it is a share of each entry, as a share of the mean: next to nothing."""
+_LEAST = 1e-30
+"""What E[g^2] counts as where it is zero, so that magnitude decides among the weights of such a channel."""
 _HIGHEST = 0.5
 """Magnitude up to which a weight that has gone is kept: far below a closed gate."""
 _AT_ONCE = 1 << 24
@@ -77,14 +79,19 @@ def all_scores(
 ) -> dict[str, Tensor]:
     """The scores of all weights, up to a common factor; shaped as the weights.
 
-    A layer without curvature is scored by magnitude, scaled so that its typical score is that of the other layers.
+    A layer without curvature is scored by magnitude, scaled so that its typical score is that of the layers that
+    get gradients.
     """
     scores = {
         name: score(weights[name].abs().float(), sensitivities(layers[name], known))
         for name, known in curvature.items()
         if name in layers
     }
-    ratios = [float(scores[name].mean() / weights[name].abs().float().mean().clamp(min=1e-30)) for name in scores]
+    ratios = [
+        float(scores[name].mean() / weights[name].abs().float().mean().clamp(min=1e-30))
+        for name in scores
+        if bool(curvature[name].gradients.any())
+    ]
     typical = sorted(ratios)[len(ratios) // 2] if ratios else 1.0
     return {name: scores[name] if name in scores else weights[name].abs().float() * typical for name in layers}
 
@@ -98,19 +105,19 @@ def sensitivities(layer: Gated, curvature: Curvature) -> Tensor:
     rows = _rows(layer, weight, None)
     inverse = torch.cholesky_inverse(_factor(damped_each(curvature.inputs)))
     spread = inverse.diagonal(dim1=-2, dim2=-1)[..., : rows.shape[-1]].clamp(min=1e-30).rsqrt()  # (groups, parts, n)
-    gradients = curvature.gradients.view(len(rows), 1, -1, 1).clamp(min=0).sqrt()
+    gradients = curvature.gradients.view(len(rows), 1, -1, 1).clamp(min=_LEAST).sqrt()
     return _unrows(spread.unsqueeze(2) * gradients, weight.shape)
 
 
 def damped(inputs: Tensor, share: float = DAMPING) -> Tensor:
-    """H: the second moments with a little more on the diagonal."""
+    """H with a little more on the diagonal, as much for all inputs: the others are to stay near what they were."""
     mean = inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
     identity = torch.eye(inputs.shape[-1], device=inputs.device)
     return inputs + (share * mean + 1e-12)[..., None, None] * identity
 
 
 def damped_each(inputs: Tensor) -> Tensor:
-    """H with a little more of each input's own: weights of inputs that are always zero would seem to matter else."""
+    """H with a little more of each input's own, for scores: with as much for all, inputs that are zero would count."""
     own = inputs.diagonal(dim1=-2, dim2=-1)
     return inputs + torch.diag_embed(DAMPING * own + _FLOOR * own.mean(-1, keepdim=True) + 1e-30)
 

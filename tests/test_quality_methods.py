@@ -415,6 +415,12 @@ def test_what_is_left_without_a_part() -> None:
         torch.testing.assert_close(compensated(rows, support, damped(changed.inputs)), rows * support)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_makes_a_difference(part: str) -> None:
+    whole, without = run("iks"), run(f"iks-without:part={part}")
+    assert not torch.equal(whole.two.weight, without.two.weight)
+
+
 def test_the_unknown_part_is_named() -> None:
     with pytest.raises(IksError, match="iks-without: expected part=steps, magnitude, takeover or curvature, got 'all'"):
         started(make_method("iks-without:part=all"), 0.9)

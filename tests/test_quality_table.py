@@ -133,6 +133,15 @@ def test_redo_forgets_a_method_only(data: Path, whole: Path, tmp_path: Path) -> 
     assert {row.method for row in read_rows(tmp_path / "results.csv", Row) if row.psnr == 1.0} == {"dense", "iks"}
 
 
+def test_redo_of_what_is_not_there(whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (whole / "results.csv").read_text()
+    (tmp_path / "results.csv").write_text(text)
+    assert run(data, tmp_path, "--methods", "gmp", "--sparsities", "0.5", "--redo", "gmp", "iks-without") == 1
+    expected = f"--redo: expected methods that {tmp_path} has rows of (dense, gmp, iks), got iks-without"
+    assert expected in capsys.readouterr().err
+    assert (tmp_path / "results.csv").read_text() == text
+
+
 def test_every_method_runs(data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(data, tmp_path, "--sparsities", "0.9", "--ramps", "0.5") == 0
     assert {row["method"] for row in table(tmp_path)} == set(METHODS) - {"iks-without"}
@@ -372,9 +381,11 @@ def test_summary_takes_the_best_setting_of_those_with_most_seeds() -> None:
     entries = summarise(rows)
     assert [entry.method for entry in entries] == ["dense", "oneshot", "gmp", "iks", "iks:interval=5"]
     gmp = entries[2]
-    assert (gmp.mean, gmp.spread, gmp.setting, len(gmp.rows)) == (31.0, 1.0, "lr 0.001, ramp 0.6", 3)
+    setting = "lr 0.001, ramp 0.6; lr 0.01, ramp 0.6 better on fewer seeds"
+    assert (gmp.mean, gmp.spread, gmp.setting, len(gmp.rows)) == (31.0, 1.0, setting, 3)
     assert set(gmp.tried) == {(1e-4, 0.6), (1e-3, 0.6), (1e-2, 0.6)}
     assert summarise(rows[:6])[0].setting == "lr 0.001 (highest tried), ramp 0.6"
+    assert entries[3].setting == "lr 0.001 (only one tried), ramp 0.6"
     assert math.isnan(entries[3].spread)
     dense, other = dense_of(entries, "edsr-8x32-x2"), best_other(entries, "edsr-8x32-x2", 0.9)
     assert dense is not None and dense.mean == 35.0

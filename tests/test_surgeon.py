@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,23 +94,31 @@ def gated(layer: nn.Module) -> Gated:
     return gated_layers(model)["0"]
 
 
-def test_sensitivities_are_what_the_loss_grows_by() -> None:
-    """Each weight of a layer removed by itself, the others at their best, against the formula."""
+@pytest.mark.parametrize("make", [LAYERS[name][0] for name in ("linear", "groups", "wide")])
+def test_sensitivities_are_what_the_loss_grows_by(make: Callable[[], nn.Module]) -> None:
+    """Weights of a layer removed one by one, the others at their best, against the formula."""
     torch.manual_seed(0)
-    layer = gated(nn.Linear(6, 3))
-    h, importance = moments_for(7, 1)[None, None], torch.tensor([1.0, 4.0, 0.25])
-    known = surgeon.Curvature(h, importance)
-    weight = layer.weight.detach()
-    roots = weight.abs() * surgeon.sensitivities(layer, known)
-    rows = torch.cat([weight, layer.bias.detach().unsqueeze(1)], dim=1)[None, None]
-    damped = surgeon.damped_each(h)
-    for output in range(3):
-        for place in range(6):
-            support = torch.ones_like(rows, dtype=torch.bool)
-            support[0, 0, output, place] = False
-            change = (surgeon.compensated(rows, support, damped) - rows)[0, 0, output]
-            growth = importance[output] * (change @ damped[0, 0] @ change)
-            torch.testing.assert_close(roots[output, place] ** 2, growth, rtol=1e-3, atol=1e-6)
+    layer = gated(make())
+    weight, parts = layer.weight.detach(), parts_of(layer)
+    groups, inputs = getattr(layer, "groups", 1), weight[0].numel() // parts
+    outputs = weight.shape[0] // groups
+    with_bias = parts == 1
+    h = torch.stack([moments_for(inputs + with_bias, seed) for seed in range(groups * parts)])
+    h = h.view(groups, parts, *h.shape[1:])
+    importance = torch.rand(weight.shape[0]) + 0.1
+    sensitivity = surgeon.sensitivities(layer, surgeon.Curvature(h, importance))
+    roots = (weight.abs() * sensitivity).reshape(groups, outputs, parts, inputs)
+    damped = surgeon.damped_each(h).double()
+    for place in torch.randperm(weight.numel())[:40].tolist():
+        group, output, part, column = (int(index) for index in np.unravel_index(place, roots.shape))
+        row = weight.double().reshape(roots.shape)[group, output, part]
+        row = torch.cat([row, torch.zeros(int(with_bias))])[None, None, None]
+        support = torch.ones_like(row, dtype=torch.bool)
+        support[..., column] = False
+        here = damped[group : group + 1, part : part + 1]
+        change = (surgeon.compensated(row, support, here) - row).flatten()
+        growth = importance[group * outputs + output] * (change @ here[0, 0] @ change)
+        torch.testing.assert_close(roots[group, output, part, column].double() ** 2, growth, rtol=2e-3, atol=1e-9)
 
 
 class Mixed(nn.Module):
@@ -202,6 +211,27 @@ def test_weights_that_see_nothing_go_first() -> None:
     toys.train(model, torch.optim.SGD(model.parameters(), lr=1e-4), 5, channels=8)
     assert int((model[2].weight[:, 3] != 0).sum()) == 0
     assert float((model[2].weight != 0).float().mean()) > 0.6
+
+
+def test_magnitude_decides_where_gradients_are_zero() -> None:
+    """A layer that has no say yet, and one beside it that cannot be measured."""
+    torch.manual_seed(0)
+    layers = {name: gated(nn.Conv2d(4, 4, 3)) for name in ("dead", "alive", "unmeasured")}
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    h = torch.eye(37)[None, None]
+    known = {"dead": surgeon.Curvature(h, torch.zeros(4)), "alive": surgeon.Curvature(h, torch.ones(4))}
+    score = laws.SurgeonLaw(10, 1, None).score
+    for measured in (known, {name: known[name] for name in ("dead",)}):
+        scores = surgeon.all_scores(layers, weights, measured, score)
+        for name, weight in weights.items():
+            assert torch.equal(scores[name].flatten().argsort(), weight.abs().flatten().argsort())
+            assert bool((scores[name] > 0).all())
+    scores = surgeon.all_scores(layers, weights, known, score)
+    assert scores["dead"].max() < 1e-3 * scores["alive"].mean()
+    torch.testing.assert_close(
+        scores["unmeasured"].mean() / weights["unmeasured"].abs().mean(),
+        scores["alive"].mean() / weights["alive"].abs().mean(),
+    )
 
 
 def test_a_score_is_the_mean_of_magnitude_and_of_what_the_loss_grows_by() -> None:

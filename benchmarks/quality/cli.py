@@ -157,8 +157,7 @@ def _check_range(name: str, values: Sequence[float], fits: Callable[[float], boo
 def _run(options: argparse.Namespace) -> None:
     place, plan = _place_and_plan(options)
     if options.redo:
-        _forget(options.out / RESULTS, Row, options.redo)
-        _forget(options.out / DIAL, DialRow, options.redo)
+        _forget(options.out, options.redo)
     make_table(plan, place, options.jobs)
     _report(options)
 
@@ -192,12 +191,18 @@ def _dial_cell(options: argparse.Namespace, network: str) -> tuple[float, float]
     return options.lr or lr, options.ramp or ramp
 
 
-def _forget(path: Path, kind: type[Measured], methods: Sequence[str]) -> None:
-    """Take the rows of `methods` out of the file."""
-    if path.exists():
-        with locked(path):
-            kept = [row for row in read_rows(path, kind) if row.method not in methods]
-            write_rows(path, kept, kind)
+def _forget(out: Path, methods: Sequence[str]) -> None:
+    """Take the rows of `methods` out of the tables."""
+    tables: list[tuple[Path, type[Measured]]] = [(out / RESULTS, Row), (out / DIAL, DialRow)]
+    there = {row.method for path, kind in tables for row in read_rows(path, kind)}
+    unknown = [method for method in methods if method not in there]
+    if unknown:
+        names = ", ".join(sorted(there)) or "none"
+        raise IksError(f"--redo: expected methods that {out} has rows of ({names}), got {unknown[0]}")
+    for path, kind in tables:
+        if path.exists():
+            with locked(path):
+                write_rows(path, [row for row in read_rows(path, kind) if row.method not in methods], kind)
 
 
 def _report(options: argparse.Namespace, shown: str = "report.md") -> None:

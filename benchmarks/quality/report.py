@@ -49,7 +49,7 @@ def markdown(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
         f"steps for every method, on batches of {first.batch} crops of {first.patch} x {first.patch}. Images "
         f"{first.data}, {first.device}, {first.precision}, torch {torches}. PSNR in dB and SSIM of the Y channel, mean "
         "over the test images, borders of the scale's width cut off; mean and standard deviation over seeds, of "
-        "differences those of the same seed. Every method is at its best setting.",
+        "differences those of the same seed. Every method is at the best of the settings that were tried.",
     ]
     for network in dict.fromkeys(entry.network for entry in entries):
         lines += ["", f"## {NETWORKS[network].title if network in NETWORKS else network}", ""]

@@ -21,6 +21,7 @@ class Entry:
     Only settings that were run with the most seeds count.
 
     Attributes:
+        better: settings with fewer seeds that are better on those.
         mean: PSNR in dB, mean over seeds.
         spread: standard deviation over seeds; NaN for a single one.
         tried: the learning rates and ramps that there were.
@@ -31,6 +32,7 @@ class Entry:
     sparsity: float
     rows: tuple[Row, ...]
     tried: tuple[Cell, ...]
+    better: tuple[Cell, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -54,10 +56,12 @@ class Entry:
 
     @property
     def setting(self) -> str:
-        ramp = f", ramp {self.rows[0].ramp:g}" if self.rows[0].ramp else ""
         lrs = sorted({lr for lr, _ in self.tried})
-        edge = {lrs[0]: " (lowest tried)", lrs[-1]: " (highest tried)"} if len(lrs) > 1 else {}
-        return f"lr {self.rows[0].lr:g}{edge.get(self.rows[0].lr, '')}{ramp}"
+        edge = {lrs[0]: " (lowest tried)", lrs[-1]: " (highest tried)"}
+        note = edge.get(self.rows[0].lr, "") if len(lrs) > 1 else " (only one tried)"
+        chosen = _named((self.rows[0].lr, self.rows[0].ramp), note)
+        others = "".join(f"; {_named(cell)} better on fewer seeds" for cell in self.better)
+        return chosen + others
 
 
 def summarise(rows: Iterable[Row]) -> list[Entry]:
@@ -70,9 +74,20 @@ def summarise(rows: Iterable[Row]) -> list[Entry]:
     for group, cells in groups.items():
         most = max(map(len, cells.values()))
         best = max((cell for cell in cells.values() if len(cell) == most), key=_mean_or_worst)
-        entries.append(Entry(*group, tuple(sorted(best, key=lambda row: row.seed)), tuple(cells)))
+        chosen = {row.seed: row.psnr for row in best}
+        better = [
+            cell
+            for cell, other in cells.items()
+            if len(other) < most and all(row.psnr > chosen.get(row.seed, math.inf) for row in other)
+        ]
+        entries.append(Entry(*group, tuple(sorted(best, key=lambda row: row.seed)), tuple(cells), tuple(better)))
     order = list(METHODS)
     return sorted(entries, key=lambda e: (e.network, e.sparsity, order.index(e.method.partition(":")[0]), e.method))
+
+
+def _named(cell: Cell, note: str = "") -> str:
+    lr, ramp = cell
+    return f"lr {lr:g}{note}" + (f", ramp {ramp:g}" if ramp else "")
 
 
 def _mean_or_worst(rows: Sequence[Row]) -> float:

@@ -38,7 +38,7 @@ def on_their_own(known: Curvature) -> Curvature:
 
 def by_magnitude(known: Curvature) -> Curvature:
     """H the identity and E[g^2] one everywhere: |w| as the score, and nothing for the others to take over."""
-    identity: Tensor = torch.eye(known.inputs.shape[-1]).expand_as(known.inputs).clone()
+    identity: Tensor = torch.eye(known.inputs.shape[-1], device=known.inputs.device).expand_as(known.inputs).clone()
     return Curvature(identity, torch.ones_like(known.gradients))
 
 
