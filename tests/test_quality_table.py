@@ -20,7 +20,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.quality import progress, workers
+from benchmarks.quality import progress, report, workers
 from benchmarks.quality.cli import main
 from benchmarks.quality.dense import dense_path
 from benchmarks.quality.methods import METHODS
@@ -448,6 +448,19 @@ def test_pictures_without_matplotlib(
     assert main(["report", "--out", str(tmp_path)]) == 1
     assert "the pictures need matplotlib" in capsys.readouterr().err
     assert (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize(("worst", "lowest", "label"), [(34.0, 33.9, "(Y)"), (13.0, 31.15, "(Y), the lowest left out")])
+def test_a_training_that_broke_does_not_flatten_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worst: float, lowest: float, label: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.append(axes))
+    entries = summarise([make_row(psnr=36.0), make_row(method="iks", psnr=worst)])
+    report.plot(entries, "edsr-8x32-x2", "sparsity", tmp_path / "picture.png")
+    assert drawn[0].get_ylim()[0] == pytest.approx(lowest)  # a margin of 5 % above 36 dB, and 6 dB below that
+    assert drawn[0].get_ylabel() == f"PSNR in dB {label}"
 
 
 def test_wrong_counts_are_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,16 @@ def log_sizes(axes: Any) -> None:
     axes.xaxis.set_minor_formatter(ScalarFormatter())
 
 
+def cut_below(axes: Any, depth: float) -> bool:
+    """Show no more than `depth` from the top of what is drawn: a training that broke would flatten all others.
+
+    Returns whether something is left out.
+    """
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(max(lowest, highest - depth), highest)
+    return bool(lowest < highest - depth)
+
+
 def save_figure(figure: Any, axes: Any, path: Path) -> None:
     """Write it as PNG, with a legend."""
     axes.grid(alpha=0.3)

@@ -13,13 +13,16 @@ from iks_plugin.files import whole_file
 from ..edsr import table
 from .dial_report import write_dial_report
 from .networks import NETWORKS
-from .pictures import log_sizes, new_figure, save_figure
+from .pictures import cut_below, log_sizes, new_figure, save_figure
 from .results import Row, read_rows
 from .summary import Entry, best_other, dense_of, differences, is_ours, summarise
 from .table import RESULTS
 
 HIGH = 0.9
 """From here on a sparsity counts as high."""
+
+DEPTH = 6.0
+"""So many dB a picture shows."""
 
 
 def write_report(out: Path) -> list[Path]:
@@ -147,6 +150,6 @@ def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
     axes.set_xlabel("share of zeros" if over == "sparsity" else "compact file in kB (float32)")
     if over == "size":
         log_sizes(axes)
-    axes.set_ylabel("PSNR in dB (Y)")
+    axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if cut_below(axes, DEPTH) else ""))
     axes.set_title(NETWORKS[network].title if network in NETWORKS else network)
     save_figure(figure, axes, path)
