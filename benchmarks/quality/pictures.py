@@ -29,13 +29,14 @@ def log_sizes(axes: Any) -> None:
 
 
 def cut_below(axes: Any, depth: float) -> bool:
-    """Show no more than `depth` from the top of what is drawn: a training that broke would flatten all others.
+    """Show no more than `depth` from the top of the y axis: a training that broke would flatten all others.
 
     Returns whether something is left out.
     """
     lowest, highest = axes.get_ylim()
-    axes.set_ylim(max(lowest, highest - depth), highest)
-    return bool(lowest < highest - depth)
+    shown = max(lowest, highest - depth)
+    axes.set_ylim(shown, highest)
+    return bool(shown > lowest)
 
 
 def save_figure(figure: Any, axes: Any, path: Path) -> None:

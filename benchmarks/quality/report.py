@@ -150,6 +150,7 @@ def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
     axes.set_xlabel("share of zeros" if over == "sparsity" else "compact file in kB (float32)")
     if over == "size":
         log_sizes(axes)
-    axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if cut_below(axes, DEPTH) else ""))
+    left_out = cut_below(axes, DEPTH)
+    axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if left_out else ""))
     axes.set_title(NETWORKS[network].title if network in NETWORKS else network)
     save_figure(figure, axes, path)
