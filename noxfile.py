@@ -28,6 +28,7 @@ TEST_TOOLS = [
     "pillow",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "safetensors",
     "scikit-image",
     "spandrel",
@@ -88,16 +89,18 @@ def classic(session: nox.Session) -> None:
 
 def _test(session: nox.Session, name: str, installs: list[list[str]]) -> None:
     _use(session, name, installs)
-    session.run("python", "-m", "pip", "install", "--quiet", "--no-deps", ".")
-    session.run("python", "-m", "pytest", *session.posargs, env={"IKS_TEST_ENVIRONMENT": name})
+    session.install("--quiet", "--no-deps", ".")
+    # A worker for each core, and one thread for each worker: the models of the tests are too small to gain from more.
+    env = {"IKS_TEST_ENVIRONMENT": name, "OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs, env=env)
 
 
 def _use(session: nox.Session, name: str, installs: list[list[str]]) -> None:
     """Let the session's environment see the kept one called `name`, which is made first where it is missing."""
     kept = _kept_environment(session, name, installs)
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    kept_packages = session.run(str(kept / "bin" / "python"), "-c", query, external=True, silent=True)
-    own_packages = session.run("python", "-c", query, silent=True)
+    kept_packages = session.run_install(str(kept / "bin" / "python"), "-c", query, external=True, silent=True)
+    own_packages = session.run_install("python", "-c", query, silent=True)
     assert isinstance(kept_packages, str) and isinstance(own_packages, str)
     # addsitedir, not the bare path, so that .pth files in the kept environment count too.
     line = f"import site; site.addsitedir({kept_packages.strip()!r})\n"
@@ -106,7 +109,7 @@ def _use(session: nox.Session, name: str, installs: list[list[str]]) -> None:
 
 def _kept_environment(session: nox.Session, name: str, installs: list[list[str]]) -> Path:
     constraints = HERE / "constraints" / f"{name}.txt"
-    version = session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True)
+    version = session.run_install("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True)
     assert isinstance(version, str)
     version = version.strip()
     recipe = hashlib.sha256((constraints.read_text() + repr(installs)).encode()).hexdigest()[:12]
@@ -116,9 +119,9 @@ def _kept_environment(session: nox.Session, name: str, installs: list[list[str]]
         return kept
     session.log(f"making the {name} environment in {kept}: some minutes and about 6 GB, once")
     shutil.rmtree(kept, ignore_errors=True)
-    session.run("python", "-m", "venv", str(kept))
+    session.run_install("python", "-m", "venv", str(kept))
     for packages in installs:
         pip = [str(kept / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        session.run(*pip, "--constraint", str(constraints), *packages, external=True)
+        session.run_install(*pip, "--constraint", str(constraints), *packages, external=True)
     (kept / "complete").touch()
     return kept
