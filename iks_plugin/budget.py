@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from .container import to_bytes
 from .errors import OptionError
 from .laws import count_for, critical_shifts, project
 from .layers import Gated
-from .measure import all_shifts
+from .measure import all_shifts, zeros_in
 from .quantize import VALUE_DTYPES
 from .sizes import Budget
 from .state import checked, file_info, output_axes, unwrapped
@@ -31,8 +32,14 @@ _TYPICAL_TARGET = 0.8765432109876543
 
 
 @torch.no_grad()
-def sparsity_for(model: nn.Module, layers: Mapping[str, Gated], budget: Budget, guess: float) -> float:
+def sparsity_for(
+    model: nn.Module, layers: Mapping[str, Gated], budget: Budget, guess: float, *, trains_on: bool = True
+) -> float:
     """The sparsity of the rewritten `layers` of `model` with which its finalized compact file fits the budget.
+
+    Args:
+        guess: the sparsity to try first.
+        trains_on: whether weights that come back will be trained. If not, none does: where the file fits, zeros stay.
 
     Raises:
         OptionError, IksError: as `first_sparsity_for`, or weights are not finite.
@@ -40,7 +47,7 @@ def sparsity_for(model: nn.Module, layers: Mapping[str, Gated], budget: Budget, 
     gated, raw = [layer.weight for layer in layers.values()], [layer.raw_weight for layer in layers.values()]
     thresholds = [layer.threshold for layer in model.modules() if isinstance(layer, Gated)]
     shifts = all_shifts(layers)
-    return _fitting_zeros(model, gated, raw, shifts, budget, guess, thresholds) / shifts.numel()
+    return _fitting_zeros(model, gated, raw, shifts, budget, guess, trains_on, thresholds) / shifts.numel()
 
 
 @torch.no_grad()
@@ -52,7 +59,7 @@ def first_sparsity_for(model: nn.Module, weights: Sequence[nn.Parameter], budget
         IksError: the model's state dict holds what a compact file cannot.
     """
     shifts = torch.cat([critical_shifts(weight, weight.new_zeros(())).to(weights[0].device) for weight in weights])
-    sparsity = _fitting_zeros(model, weights, weights, shifts, budget, guess=0.9) / shifts.numel()
+    sparsity = _fitting_zeros(model, weights, weights, shifts, budget, guess=0.9, trains_on=True) / shifts.numel()
     refuse_idle(sparsity, budget)
     return sparsity
 
@@ -73,16 +80,18 @@ def _fitting_zeros(
     shifts: Tensor,
     budget: Budget,
     guess: float,
+    trains_on: bool,
     thresholds: Sequence[Tensor] = (),
 ) -> int:
     """How many of the weights must be zero for the compact file of `model` to have at most the budget's bytes.
 
-    The files are really made, one for every sparsity that is tried, usually four to eight.
+    The files are really made, one for every sparsity that is tried, usually four to eight. Weights that come back are
+    next to nothing at first, and in narrow types nothing at all: each counts as if it took the bytes of its type.
 
     Args:
         gated, raw, shifts: of the layers that become sparse, as `laws.project` takes them; `raw` are the model's own
             parameters.
-        guess: the sparsity to try first.
+        guess, trains_on: as in `sparsity_for`.
         thresholds: parameters of the model that are not in the file.
 
     Returns:
@@ -98,13 +107,22 @@ def _fitting_zeros(
     places = {id(parameter): place for place, parameter in enumerate(raw)}
     info, axes = file_info(bare, _TYPICAL_TARGET, budget.value_dtype), output_axes(bare)
 
+    @cache
     def size_at(zeros: int) -> int:
         weights = project(gated, raw, shifts, zeros)
         replaced = {name: weights[places[id(value)]] if id(value) in places else value for name, value in state.items()}
         return len(to_bytes(replaced, info, axes)[0]) + _SLACK
 
-    per_zero = VALUE_DTYPES[budget.value_dtype].itemsize
-    return search(size_at, shifts.numel(), budget.max_bytes, count_for(guess, shifts.numel()), per_zero)
+    reached, per_weight = zeros_in(gated), VALUE_DTYPES[budget.value_dtype].itemsize
+    if not trains_on and size_at(reached) <= budget.max_bytes:
+        return reached
+
+    def size_when_trained(zeros: int) -> int:
+        if zeros >= reached:
+            return size_at(zeros)
+        return max(size_at(zeros), size_at(reached) + per_weight * (reached - zeros))
+
+    return search(size_when_trained, shifts.numel(), budget.max_bytes, count_for(guess, shifts.numel()), per_weight)
 
 
 def search(size_at: Callable[[int], int], weights: int, max_bytes: int, guess: int, bytes_per_zero: float) -> int:

@@ -322,7 +322,7 @@ def projected_weights(
                 "weights), and the target counts over all of it: finalize the whole"
             )
         if goal.budget is not None and target_sparsity is None:
-            target = sparsity_for(model, members, goal.budget, guess=goal.target_sparsity)
+            target = sparsity_for(model, members, goal.budget, guess=goal.target_sparsity, trains_on=False)
         shifts = all_shifts(members)
         gated = [layer.weight for layer in members.values()]
         raw = [layer.raw_weight.detach() for layer in members.values()]

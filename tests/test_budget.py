@@ -61,7 +61,7 @@ def test_the_file_fits_after_training(tmp_path: Path, max_bytes: str, value_dtyp
     before_finalize = size_of(model, tmp_path, value_dtype)
     iks_plugin.finalize(model)
     size = size_of(model, tmp_path, value_dtype)
-    assert 0.97 * limit <= size <= limit
+    assert 0.95 * limit <= size <= limit  # training changes how well values compress
     assert abs(before_finalize - size) <= 0.01 * limit
     assert iks_plugin.report(model).target_sparsity == pytest.approx(iks_plugin.report(model).sparsity)
 
@@ -108,6 +108,22 @@ def test_a_copy_that_gets_a_budget_of_its_own(tmp_path: Path) -> None:
     other = copy.deepcopy(model)
     assert iks_plugin.sparsify(other, max_bytes="20KB").max_bytes == 20_000
     assert 0.97 * 20_000 <= size_of(other, tmp_path) <= 20_000
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_weights_that_weigh_nothing_yet_do_not_all_come_back(tmp_path: Path, value_dtype: str) -> None:
+    """What comes back is next to nothing, and in int8 zero: it says nothing of the bytes that it takes once trained."""
+    model = toys.plain_sr(32)
+    train(model, iks_plugin.sparsify(model, 0.8, ramp_steps=20), steps=40)
+    size = size_of(model, tmp_path, value_dtype)
+    copied = copy.deepcopy(model)
+    controller = iks_plugin.sparsify(copied, max_bytes=round(1.1 * size), value_dtype=value_dtype)
+    weights = iks_plugin.report(copied).weights
+    taken = size * 0.1 / weights / {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[value_dtype]
+    assert 0.8 - 1.1 * taken <= controller.target_sparsity <= 0.8 - 0.7 * taken
+    iks_plugin.finalize(copied)  # with no training to come none comes back
+    assert iks_plugin.report(copied).sparsity == pytest.approx(0.8, abs=1e-4)
+    assert size_of(copied, tmp_path, value_dtype) == pytest.approx(size, abs=64)
 
 
 def test_new_goals_while_it_trains(tmp_path: Path) -> None:
