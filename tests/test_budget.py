@@ -61,7 +61,8 @@ def test_the_file_fits_after_training(tmp_path: Path, max_bytes: str, value_dtyp
     before_finalize = size_of(model, tmp_path, value_dtype)
     iks_plugin.finalize(model)
     size = size_of(model, tmp_path, value_dtype)
-    assert 0.95 * limit <= size <= limit  # training changes how well values compress
+    least = 0.95 if value_dtype == "int8" else 0.97  # training changes how well values compress, those of int8 most
+    assert least * limit <= size <= limit
     assert abs(before_finalize - size) <= 0.01 * limit
     assert iks_plugin.report(model).target_sparsity == pytest.approx(iks_plugin.report(model).sparsity)
 
