@@ -89,6 +89,7 @@ class DefinesWeightItself(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self._parameters["weight"])
+        nn.init.zeros_(self.bias)
 
 
 class TiedConvs(nn.Module):
