@@ -463,6 +463,16 @@ def test_a_training_that_broke_does_not_flatten_the_picture(
     assert drawn[0].get_ylabel() == f"PSNR in dB {label}"
 
 
+def test_the_mean_over_high_sparsities_names_those_that_both_have() -> None:
+    rows = [make_row(sparsity=sparsity, psnr=35.0) for sparsity in (0.8, 0.9, 0.95, 0.99)]
+    rows += [
+        make_row(method="iks", sparsity=sparsity, psnr=psnr)
+        for sparsity, psnr in ((0.8, 37.0), (0.9, 35.5), (0.95, 36.0))
+    ]
+    shown = report.overview(summarise(rows), "edsr-8x32-x2")
+    assert "iks - best other, mean over sparsities of 0.9 and above (0.9, 0.95): +0.750 dB" in shown
+
+
 def test_wrong_counts_are_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["run", "--out", "x", "--steps", "0"])

@@ -81,10 +81,12 @@ def overview(entries: Sequence[Entry], network: str) -> str:
         rows.append([f"{method} - best other", *(_gain(ours[s], others[s]) + names[s] for s in sparsities)])
     text = table(["sparsity", *(f"{sparsity:g}" for sparsity in sparsities)], rows, markdown=True)
     for method in filter(is_ours, methods):
-        pairs = [(by_place.get((method, s)), others[s]) for s in sparsities if s >= HIGH]
-        gaps = [differences(ours, other)[0] for ours, other in pairs if ours is not None and other is not None]
+        pairs = {s: (by_place.get((method, s)), others[s]) for s in sparsities if s >= HIGH}
+        gaps = {s: differences(ours, other)[0] for s, (ours, other) in pairs.items() if ours and other}
         if gaps:
-            text += f"\n\n{method} - best other, mean over sparsities of {HIGH:g} and above: {fmean(gaps):+.3f} dB"
+            names = ", ".join(f"{s:g}" for s in gaps)
+            text += f"\n\n{method} - best other, mean over sparsities of {HIGH:g} and above ({names}): "
+            text += f"{fmean(gaps.values()):+.3f} dB"
     return text
 
 
