@@ -38,7 +38,7 @@ model = nn.Sequential(conv(3, 48), nn.ReLU(), *hidden, conv(48, 12), nn.PixelShu
 controller = iks_plugin.sparsify(model, 0.9, total_steps=STEPS)
 optimizer = torch.optim.Adam(controller.param_groups(lr=1e-3), lr=1e-3)
 for step in range(1, STEPS + 1):
-    corners = torch.randint(training.shape[2] - PATCH, (16, 2)).tolist()
+    corners = torch.randint(training.shape[2] - PATCH, (8, 2)).tolist()
     large = torch.cat([training[:, :, y : y + PATCH, x : x + PATCH] for y, x in corners])
     loss = l1_loss(enlarge(shrink(large)), large)
     optimizer.zero_grad()
