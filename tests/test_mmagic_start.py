@@ -102,7 +102,8 @@ def test_a_training_that_is_killed_at_random_moments_always_resumes(tmp_path):
 def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> None:
     """Kill a training `kills` times, each time resuming; compare its end with a straight run's."""
     write_images(folder, 4)
-    length = f"train_cfg = dict(max_iters={20 * kills}, val_interval=100000)"
+    iterations = 20 * kills
+    length = f"train_cfg = dict(max_iters={iterations}, val_interval=100000)"
     often = "default_hooks = dict(checkpoint=dict(interval=2, out_dir=None, save_best=None, max_keep_ckpts=3))"
     config = toys.write_config(folder, more=f"{length}\n{often}\n{EMA}")
     chance = random.Random(seed)
@@ -125,12 +126,12 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> None:
     process, log = start(config, folder)
     assert process.wait() == 0, log.read_text()[-3000:]
     check_resumed_from(before, log)
-    resumed = toys.saved(folder, f"iter_{20 * kills}.pth")
+    resumed = toys.saved(folder, f"iter_{iterations}.pth")
     straight = folder / "straight"
     straight.mkdir()
     write_images(straight, 4)
     toys.run(toys.write_config(straight, more=f"{length}\n{often}\n{EMA}"))
-    expected = toys.saved(straight, f"iter_{20 * kills}.pth")
+    expected = toys.saved(straight, f"iter_{iterations}.pth")
     for key in ("state_dict", "ema_state_dict", "optimizer", "iks"):
         assert_same(resumed[key], expected[key], key)
 
