@@ -73,21 +73,23 @@ def overview(entries: Sequence[Entry], network: str) -> str:
     for method in methods:
         rows.append([method, *(_value(by_place.get((method, sparsity))) for sparsity in sparsities)])
     others = {sparsity: best_other(entries, network, sparsity) for sparsity in sparsities}
+    notes = []
     for method in filter(is_ours, methods):
         ours = {sparsity: by_place.get((method, sparsity)) for sparsity in sparsities}
         if dense is not None:
             rows.append([f"{method} - dense", *(_gain(ours[s], dense) for s in sparsities)])
         names = {s: f" ({other.method})" if other and ours[s] else "" for s, other in others.items()}
         rows.append([f"{method} - best other", *(_gain(ours[s], others[s]) + names[s] for s in sparsities)])
-    text = table(["sparsity", *(f"{sparsity:g}" for sparsity in sparsities)], rows, markdown=True)
-    for method in filter(is_ours, methods):
-        pairs = {s: (by_place.get((method, s)), others[s]) for s in sparsities if s >= HIGH}
-        gaps = {s: differences(ours, other)[0] for s, (ours, other) in pairs.items() if ours and other}
+        pairs = {s: (ours[s], others[s]) for s in sparsities if s >= HIGH}
+        gaps = {s: differences(entry, other)[0] for s, (entry, other) in pairs.items() if entry and other}
         if gaps:
-            names = ", ".join(f"{s:g}" for s in gaps)
-            text += f"\n\n{method} - best other, mean over sparsities of {HIGH:g} and above ({names}): "
-            text += f"{fmean(gaps.values()):+.3f} dB"
-    return text
+            high = ", ".join(f"{s:g}" for s in gaps)
+            notes.append(
+                f"{method} - best other, mean over sparsities of {HIGH:g} and above ({high}): "
+                f"{fmean(gaps.values()):+.3f} dB"
+            )
+    text = table(["sparsity", *(f"{sparsity:g}" for sparsity in sparsities)], rows, markdown=True)
+    return "\n\n".join([text, *notes])
 
 
 def details(entries: Sequence[Entry], network: str) -> str:
