@@ -473,6 +473,34 @@ def test_the_mean_over_high_sparsities_names_those_that_both_have() -> None:
     assert "iks - best other, mean over sparsities of 0.9 and above (0.9, 0.95): +0.750 dB" in shown
 
 
+def test_values_of_fewer_seeds_are_marked() -> None:
+    rows = [make_row(seed=seed, psnr=35.0 + seed) for seed in range(3)]
+    rows += [make_row(sparsity=0.95, seed=seed, psnr=34.0 + seed) for seed in range(2)]
+    rows += [make_row(sparsity=0.99, psnr=33.0)]
+    cases = [
+        (rows, "Of 3 seeds, or as many as stand in brackets; of one where there is no ±."),
+        (rows[:5], "Of 3 seeds, or as many as stand in brackets."),
+        (rows[:3], "Of 3 seeds."),
+        (rows[:1], "One seed."),
+    ]
+    for chosen, note in cases:
+        assert note in report.overview(summarise(chosen), "edsr-8x32-x2").splitlines()
+    cells = report.overview(summarise(rows), "edsr-8x32-x2").splitlines()[2].split("|")
+    assert [cell.strip() for cell in cells] == ["", "gmp", "36.00 ± 1.00", "34.50 ± 0.71 (2)", "33.00", ""]
+
+
+def test_all_networks_at_a_glance() -> None:
+    rows = [make_row(method="dense", sparsity=0.0, psnr=36.0)]
+    rows += [make_row(psnr=35.0), make_row(method="oneshot", psnr=35.25), make_row(method="iks", psnr=35.5)]
+    rows += [replace(row, network="imdn-4x32-x2", sparsity=0.95) for row in rows if row.method in ("gmp", "iks")]
+    lines = report.all_networks(summarise(rows)).splitlines()
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert shown[0] == ["iks - dense", "0.9", "0.95"]
+    assert shown[2:4] == [["EDSR 8 x 32, x2", "-0.50", ""], ["IMDN 4 x 32, x2", "", ""]]
+    assert shown[5] == ["iks - best other", "0.9", "0.95"]
+    assert shown[7:9] == [["EDSR 8 x 32, x2", "+0.25 (oneshot)", ""], ["IMDN 4 x 32, x2", "", "+0.50 (gmp)"]]
+
+
 def test_wrong_counts_are_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["run", "--out", "x", "--steps", "0"])

@@ -15,7 +15,7 @@ from .dial_report import write_dial_report
 from .networks import NETWORKS
 from .pictures import cut_below, log_sizes, new_figure, save_figure
 from .results import Row, read_rows
-from .summary import Entry, best_other, dense_of, differences, is_ours, summarise
+from .summary import OURS, Entry, best_other, dense_of, differences, is_ours, method_order, summarise
 from .table import RESULTS
 
 HIGH = 0.9
@@ -54,26 +54,49 @@ def markdown(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
         "over the test images, borders of the scale's width cut off; mean and standard deviation over seeds, of "
         "differences those of the same seed. Every method is at the best of the settings that were tried.",
     ]
-    for network in dict.fromkeys(entry.network for entry in entries):
-        lines += ["", f"## {NETWORKS[network].title if network in NETWORKS else network}", ""]
-        lines += [overview(entries, network), "", details(entries, network)]
+    networks = list(dict.fromkeys(entry.network for entry in entries))
+    if len(networks) > 1 and any(entry.method == OURS for entry in entries):
+        lines += ["", "## All networks", "", all_networks(entries)]
+    for network in networks:
+        lines += ["", f"## {_title(network)}", "", overview(entries, network), "", details(entries, network)]
     return "\n".join(lines) + "\n"
+
+
+def all_networks(entries: Sequence[Entry]) -> str:
+    """Networks by sparsities: what our default gains over the dense network, and over the best other method."""
+    ours = {(entry.network, entry.sparsity): entry for entry in entries if entry.method == OURS}
+    networks = list(dict.fromkeys(network for network, _ in ours))
+    sparsities = sorted({sparsity for _, sparsity in ours})
+    heads = [f"{sparsity:g}" for sparsity in sparsities]
+
+    def to_dense(network: str, sparsity: float) -> str:
+        return _gain(ours.get((network, sparsity)), dense_of(entries, network))
+
+    def to_best_other(network: str, sparsity: float) -> str:
+        entry, other = ours.get((network, sparsity)), best_other(entries, network, sparsity)
+        return f"{_gain(entry, other)} ({other.method})" if entry and other else ""
+
+    return "\n\n".join(
+        table([name, *heads], [[_title(n), *(gain(n, s) for s in sparsities)] for n in networks], markdown=True)
+        for name, gain in ((f"{OURS} - dense", to_dense), (f"{OURS} - best other", to_best_other))
+    )
 
 
 def overview(entries: Sequence[Entry], network: str) -> str:
     """Methods by sparsities: PSNR, and what ours gains over the best other one."""
     own = [entry for entry in entries if entry.network == network]
     sparsities = sorted({entry.sparsity for entry in own if entry.sparsity})
-    methods = list(dict.fromkeys(entry.method for entry in own if entry.sparsity))
+    methods = sorted({entry.method for entry in own if entry.sparsity}, key=method_order)
     by_place = {(entry.method, entry.sparsity): entry for entry in own}
     dense = dense_of(entries, network)
+    most = max(len(entry.rows) for entry in own)
     rows: list[list[str]] = []
     if dense is not None:
-        rows.append(["dense", *[_value(dense)] * len(sparsities)])
+        rows.append(["dense", *[_value(dense, most)] * len(sparsities)])
     for method in methods:
-        rows.append([method, *(_value(by_place.get((method, sparsity))) for sparsity in sparsities)])
+        rows.append([method, *(_value(by_place.get((method, sparsity)), most) for sparsity in sparsities)])
     others = {sparsity: best_other(entries, network, sparsity) for sparsity in sparsities}
-    notes = []
+    notes = [_seeds(own, most)]
     for method in filter(is_ours, methods):
         ours = {sparsity: by_place.get((method, sparsity)) for sparsity in sparsities}
         if dense is not None:
@@ -114,10 +137,25 @@ def details(entries: Sequence[Entry], network: str) -> str:
     return table(heads, rows, markdown=True)
 
 
-def _value(entry: Entry | None) -> str:
+def _title(network: str) -> str:
+    return NETWORKS[network].title if network in NETWORKS else network
+
+
+def _seeds(entries: Sequence[Entry], most: int) -> str:
+    counts = {len(entry.rows) for entry in entries}
+    if most == 1:
+        return "One seed."
+    fewer = ", or as many as stand in brackets" if counts - {1, most} else ""
+    return f"Of {most} seeds{fewer}" + ("; of one where there is no ±." if 1 in counts else ".")
+
+
+def _value(entry: Entry | None, most: int = 0) -> str:
+    """PSNR and spread, and of how many seeds if of more than one but fewer than `most`."""
     if entry is None:
         return ""
-    return f"{entry.mean:.2f}" if math.isnan(entry.spread) else f"{entry.mean:.2f} ± {entry.spread:.2f}"
+    if math.isnan(entry.spread):
+        return f"{entry.mean:.2f}"
+    return f"{entry.mean:.2f} ± {entry.spread:.2f}" + (f" ({len(entry.rows)})" if len(entry.rows) < most else "")
 
 
 def _gain(entry: Entry | None, other: Entry | None) -> str:
@@ -156,5 +194,5 @@ def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
         log_sizes(axes)
     left_out = cut_below(axes, DEPTH)
     axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if left_out else ""))
-    axes.set_title(NETWORKS[network].title if network in NETWORKS else network)
+    axes.set_title(_title(network))
     save_figure(figure, axes, path)

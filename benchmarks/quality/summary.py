@@ -81,8 +81,12 @@ def summarise(rows: Iterable[Row]) -> list[Entry]:
             if len(other) < most and all(row.psnr > chosen.get(row.seed, math.inf) for row in other)
         ]
         entries.append(Entry(*group, tuple(sorted(best, key=lambda row: row.seed)), tuple(cells), tuple(better)))
-    order = list(METHODS)
-    return sorted(entries, key=lambda e: (e.network, e.sparsity, order.index(e.method.partition(":")[0]), e.method))
+    return sorted(entries, key=lambda entry: (entry.network, entry.sparsity, method_order(entry.method)))
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """What to sort methods by: their order in `METHODS`, then their options."""
+    return list(METHODS).index(method.partition(":")[0]), method
 
 
 def _named(cell: Cell, note: str = "") -> str:
