@@ -463,6 +463,21 @@ def test_a_training_that_broke_does_not_flatten_the_picture(
     assert drawn[0].get_ylabel() == f"PSNR in dB {label}"
 
 
+def test_a_method_has_the_same_colour_in_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.append(axes))
+    for methods in (("oneshot", "gmp", "iks", "iks:law=exact"), ("gmp", "iks:law=exact", "iks")):
+        entries = summarise(make_row(method=method, psnr=36.0) for method in methods)
+        report.plot(entries, "edsr-8x32-x2", "size", tmp_path / "picture.png")
+    looks = [
+        {line.get_label(): (line.lines[0].get_color(), line.lines[0].get_linestyle()) for line in axes.containers}
+        for axes in drawn
+    ]
+    assert looks[1] == {method: looks[0][method] for method in looks[1]}
+    assert len(set(looks[0].values())) == 4
+
+
 def test_the_mean_over_high_sparsities_names_those_that_both_have() -> None:
     rows = [make_row(sparsity=sparsity, psnr=35.0) for sparsity in (0.8, 0.9, 0.95, 0.99)]
     rows += [

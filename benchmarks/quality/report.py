@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,9 @@ HIGH = 0.9
 
 DEPTH = 6.0
 """So many dB a picture shows."""
+
+LINES = ("-", "--", ":", "-.")
+"""For the same method with other options, which has the same colour."""
 
 
 def write_report(out: Path) -> list[Path]:
@@ -177,18 +181,28 @@ def plot_all(entries: Sequence[Entry], out: Path) -> list[Path]:
 
 
 def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
-    """One picture: a line for each method, bars of one standard deviation, the dense network as a level."""
+    """One picture: a line for each method, the same colour in every picture, and the dense network as a level.
+
+    Bars are one standard deviation.
+    """
     figure, axes = new_figure()
     own = [entry for entry in entries if entry.network == network]
     dense = dense_of(entries, network)
     if dense is not None:
         axes.axhline(dense.mean, color="0.5", linestyle="--", label="dense")
-    for method in dict.fromkeys(entry.method for entry in own if entry.sparsity):
+    methods = sorted({entry.method for entry in own if entry.sparsity}, key=method_order)
+    variants: Counter[int] = Counter()
+    for method in methods:
+        place, _ = method_order(method)
+        color = "black" if is_ours(method) else f"C{place}"
+        look = {"color": color, "linestyle": LINES[variants[place] % len(LINES)]}
+        variants[place] += 1
         line = sorted((entry for entry in own if entry.method == method), key=lambda entry: entry.sparsity)
         x = [entry.sparsity if over == "sparsity" else entry.bytes / 1000 for entry in line]
         spread = [0.0 if math.isnan(entry.spread) else entry.spread for entry in line]
         width = 2.5 if is_ours(method) else 1.2
-        axes.errorbar(x, [entry.mean for entry in line], spread, marker="o", capsize=3, linewidth=width, label=method)
+        y = [entry.mean for entry in line]
+        axes.errorbar(x, y, spread, marker="o", capsize=3, linewidth=width, label=method, **look)
     axes.set_xlabel("share of zeros" if over == "sparsity" else "compact file in kB (float32)")
     if over == "size":
         log_sizes(axes)
