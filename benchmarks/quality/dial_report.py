@@ -11,7 +11,7 @@ from iks_plugin.files import whole_file
 
 from ..edsr import table
 from .dial import DIAL, DialRow
-from .networks import NETWORKS
+from .networks import title_of
 from .pictures import new_figure, save_figure
 from .results import Measured, Row, read_rows
 
@@ -86,7 +86,6 @@ def write_dial_report(out: Path, table_rows: Sequence[Row]) -> list[Path]:
 
 def markdown(dial: Dial) -> str:
     """A line for each sparsity."""
-    title = NETWORKS[dial.network].title if dial.network in NETWORKS else dial.network
     seeds = max(map(len, dial.at_once.values()))
     rows = []
     for sparsity in sorted(dial.at_once):
@@ -101,7 +100,7 @@ def markdown(dial: Dial) -> str:
         f"+ {dial.more_steps} steps - trained",
     ]
     text = (
-        f"## {title}, {dial.method} trained at {dial.trained_at:g}\n\n"
+        f"## {title_of(dial.network)}, {dial.method} trained at {dial.trained_at:g}\n\n"
         f"Steps as in report.md (lr {dial.lr:g}, ramp {dial.ramp:g}), {seeds} seeds; PSNR in dB, mean and "
         "standard deviation over seeds."
     )
@@ -130,5 +129,5 @@ def plot(dial: Dial, path: Path) -> None:
         axes.plot(list(values), [fmean(value) for value in values.values()], marker="o", label=label)
     axes.set_xlabel("share of zeros")
     axes.set_ylabel("PSNR in dB (Y)")
-    axes.set_title(NETWORKS[dial.network].title if dial.network in NETWORKS else dial.network)
+    axes.set_title(title_of(dial.network))
     save_figure(figure, axes, path)

@@ -176,6 +176,11 @@ NETWORKS = {
 }
 
 
+def title_of(name: str) -> str:
+    """What tables call the network; its name where rows have one that is no longer known."""
+    return NETWORKS[name].title if name in NETWORKS else name
+
+
 def make_network(name: str, seed: int) -> nn.Module:
     """The network called `name` with initial weights by `seed`, on the CPU; torch's own random state stays as it is."""
     with torch.random.fork_rng(devices=[]):

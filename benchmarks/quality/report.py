@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 
@@ -13,7 +14,7 @@ from iks_plugin.files import whole_file
 
 from ..edsr import table
 from .dial_report import write_dial_report
-from .networks import NETWORKS
+from .networks import title_of
 from .pictures import cut_below, log_sizes, new_figure, save_figure
 from .results import Row, read_rows
 from .summary import OURS, Entry, best_other, dense_of, differences, is_ours, method_order, summarise
@@ -62,7 +63,7 @@ def markdown(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
     if len(networks) > 1 and any(entry.method == OURS for entry in entries):
         lines += ["", "## All networks", "", all_networks(entries)]
     for network in networks:
-        lines += ["", f"## {_title(network)}", "", overview(entries, network), "", details(entries, network)]
+        lines += ["", f"## {title_of(network)}", "", overview(entries, network), "", details(entries, network)]
     return "\n".join(lines) + "\n"
 
 
@@ -77,11 +78,10 @@ def all_networks(entries: Sequence[Entry]) -> str:
         return _gain(ours.get((network, sparsity)), dense_of(entries, network))
 
     def to_best_other(network: str, sparsity: float) -> str:
-        entry, other = ours.get((network, sparsity)), best_other(entries, network, sparsity)
-        return f"{_gain(entry, other)} ({other.method})" if entry and other else ""
+        return _named_gain(ours.get((network, sparsity)), best_other(entries, network, sparsity))
 
     return "\n\n".join(
-        table([name, *heads], [[_title(n), *(gain(n, s) for s in sparsities)] for n in networks], markdown=True)
+        table([name, *heads], [[title_of(n), *(gain(n, s) for s in sparsities)] for n in networks], markdown=True)
         for name, gain in ((f"{OURS} - dense", to_dense), (f"{OURS} - best other", to_best_other))
     )
 
@@ -90,7 +90,7 @@ def overview(entries: Sequence[Entry], network: str) -> str:
     """Methods by sparsities: PSNR, and what ours gains over the best other one."""
     own = [entry for entry in entries if entry.network == network]
     sparsities = sorted({entry.sparsity for entry in own if entry.sparsity})
-    methods = sorted({entry.method for entry in own if entry.sparsity}, key=method_order)
+    methods = _sparse_methods(own)
     by_place = {(entry.method, entry.sparsity): entry for entry in own}
     dense = dense_of(entries, network)
     most = max(len(entry.rows) for entry in own)
@@ -105,8 +105,7 @@ def overview(entries: Sequence[Entry], network: str) -> str:
         ours = {sparsity: by_place.get((method, sparsity)) for sparsity in sparsities}
         if dense is not None:
             rows.append([f"{method} - dense", *(_gain(ours[s], dense) for s in sparsities)])
-        names = {s: f" ({other.method})" if other and ours[s] else "" for s, other in others.items()}
-        rows.append([f"{method} - best other", *(_gain(ours[s], others[s]) + names[s] for s in sparsities)])
+        rows.append([f"{method} - best other", *(_named_gain(ours[s], others[s]) for s in sparsities)])
         pairs = {s: (ours[s], others[s]) for s in sparsities if s >= HIGH}
         gaps = {s: differences(entry, other)[0] for s, (entry, other) in pairs.items() if entry and other}
         if gaps:
@@ -141,8 +140,8 @@ def details(entries: Sequence[Entry], network: str) -> str:
     return table(heads, rows, markdown=True)
 
 
-def _title(network: str) -> str:
-    return NETWORKS[network].title if network in NETWORKS else network
+def _sparse_methods(entries: Sequence[Entry]) -> list[str]:
+    return sorted({entry.method for entry in entries if entry.sparsity}, key=method_order)
 
 
 def _seeds(entries: Sequence[Entry], most: int) -> str:
@@ -169,6 +168,10 @@ def _gain(entry: Entry | None, other: Entry | None) -> str:
     return f"{mean:+.2f}" if math.isnan(spread) else f"{mean:+.2f} ± {spread:.2f}"
 
 
+def _named_gain(entry: Entry | None, other: Entry | None) -> str:
+    return f"{_gain(entry, other)} ({other.method})" if entry and other else ""
+
+
 def plot_all(entries: Sequence[Entry], out: Path) -> list[Path]:
     """PSNR over sparsity, and over the size of the file, for each network."""
     written = []
@@ -190,23 +193,20 @@ def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
     dense = dense_of(entries, network)
     if dense is not None:
         axes.axhline(dense.mean, color="0.5", linestyle="--", label="dense")
-    methods = sorted({entry.method for entry in own if entry.sparsity}, key=method_order)
-    variants: Counter[int] = Counter()
-    for method in methods:
+    styles: defaultdict[int, Iterator[str]] = defaultdict(lambda: cycle(LINES))
+    for method in _sparse_methods(own):
         place, _ = method_order(method)
-        color = "black" if is_ours(method) else f"C{place}"
-        look = {"color": color, "linestyle": LINES[variants[place] % len(LINES)]}
-        variants[place] += 1
+        color, width = ("black", 2.5) if is_ours(method) else (f"C{place}", 1.2)
+        look = {"color": color, "linewidth": width, "linestyle": next(styles[place])}
         line = sorted((entry for entry in own if entry.method == method), key=lambda entry: entry.sparsity)
         x = [entry.sparsity if over == "sparsity" else entry.bytes / 1000 for entry in line]
         spread = [0.0 if math.isnan(entry.spread) else entry.spread for entry in line]
-        width = 2.5 if is_ours(method) else 1.2
         y = [entry.mean for entry in line]
-        axes.errorbar(x, y, spread, marker="o", capsize=3, linewidth=width, label=method, **look)
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=method, **look)
     axes.set_xlabel("share of zeros" if over == "sparsity" else "compact file in kB (float32)")
     if over == "size":
         log_sizes(axes)
     left_out = cut_below(axes, DEPTH)
     axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if left_out else ""))
-    axes.set_title(_title(network))
+    axes.set_title(title_of(network))
     save_figure(figure, axes, path)
