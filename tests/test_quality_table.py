@@ -20,7 +20,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.quality import progress, report, workers
+from benchmarks.quality import pictures, progress, report, workers
 from benchmarks.quality.cli import main
 from benchmarks.quality.dense import dense_path
 from benchmarks.quality.methods import METHODS
@@ -387,13 +387,23 @@ def test_summary_takes_the_best_setting_of_those_with_most_seeds() -> None:
     assert summarise(rows[:6])[0].setting == "lr 0.001 (highest tried), ramp 0.6"
     assert entries[3].setting == "lr 0.001 (only one tried), ramp 0.6"
     assert math.isnan(entries[3].spread)
-    dense, other = dense_of(entries, "edsr-8x32-x2"), best_other(entries, "edsr-8x32-x2", 0.9)
+    dense = dense_of(entries, "edsr-8x32-x2")
     assert dense is not None and dense.mean == 35.0
-    assert other is gmp
-    assert best_other(entries, "edsr-8x32-x2", 0.5) is None
+    assert all(best_other(entries, ours) is gmp for ours in entries[3:])
+    assert best_other(entries, replace(entries[3], sparsity=0.5)) is None
     assert differences(gmp, dense) == (-5.0, pytest.approx(math.nan, nan_ok=True))
     shifted = replace(gmp, rows=tuple(replace(row, psnr=row.psnr + 0.25) for row in gmp.rows))
     assert differences(shifted, gmp) == (0.25, 0.0)
+
+
+def test_the_best_other_method_is_not_the_one_with_an_easy_seed_alone() -> None:
+    rows = [make_row(method="iks", seed=seed, psnr=psnr) for seed, psnr in enumerate((36.0, 34.0))]
+    rows += [make_row(method="gmp", seed=seed, psnr=psnr) for seed, psnr in enumerate((35.875, 33.875))]
+    rows += [make_row(method="str", psnr=35.75), make_row(method="oneshot", psnr=math.nan)]
+    entries = summarise(rows)
+    other = best_other(entries, next(entry for entry in entries if entry.method == "iks"))
+    assert other is not None and other.method == "gmp"
+    assert "(0.9): +0.125 dB" in report.overview(entries, "edsr-8x32-x2")
 
 
 # --- the command line ---
@@ -456,9 +466,9 @@ def test_a_training_that_broke_does_not_flatten_the_picture(
 ) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.append(axes))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, axes, path: drawn.append(axes))
     entries = summarise([make_row(psnr=36.0), make_row(method="iks", psnr=worst)])
-    report.plot(entries, "edsr-8x32-x2", "sparsity", tmp_path / "picture.png")
+    pictures.plot(entries, "edsr-8x32-x2", "sparsity", tmp_path / "picture.png")
     assert drawn[0].get_ylim()[0] == pytest.approx(lowest)  # a margin of 5 % above 36 dB, and 6 dB below that
     assert drawn[0].get_ylabel() == f"PSNR in dB {label}"
 
@@ -466,10 +476,10 @@ def test_a_training_that_broke_does_not_flatten_the_picture(
 def test_a_method_has_the_same_colour_in_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.append(axes))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, axes, path: drawn.append(axes))
     for methods in (("oneshot", "gmp", "iks", "iks:law=exact"), ("gmp", "iks:law=exact", "iks")):
         entries = summarise(make_row(method=method, psnr=36.0) for method in methods)
-        report.plot(entries, "edsr-8x32-x2", "size", tmp_path / "picture.png")
+        pictures.plot(entries, "edsr-8x32-x2", "size", tmp_path / "picture.png")
     looks = [
         {line.get_label(): (line.lines[0].get_color(), line.lines[0].get_linestyle()) for line in axes.containers}
         for axes in drawn

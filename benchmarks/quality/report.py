@@ -1,11 +1,9 @@
-"""The table as Markdown and as pictures."""
+"""The table as Markdown."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -15,19 +13,13 @@ from iks_plugin.files import whole_file
 from ..edsr import table
 from .dial_report import write_dial_report
 from .networks import title_of
-from .pictures import cut_below, log_sizes, new_figure, save_figure
+from .pictures import plot_all
 from .results import Row, read_rows
-from .summary import OURS, Entry, best_other, dense_of, differences, is_ours, method_order, summarise
+from .summary import OURS, Entry, best_other, dense_of, differences, is_ours, sparse_methods, summarise
 from .table import RESULTS
 
 HIGH = 0.9
 """From here on a sparsity counts as high."""
-
-DEPTH = 6.0
-"""So many dB a picture shows."""
-
-LINES = ("-", "--", ":", "-.")
-"""For the same method with other options, which has the same colour."""
 
 
 def write_report(out: Path) -> list[Path]:
@@ -78,7 +70,7 @@ def all_networks(entries: Sequence[Entry]) -> str:
         return _gain(ours.get((network, sparsity)), dense_of(entries, network))
 
     def to_best_other(network: str, sparsity: float) -> str:
-        return _named_gain(ours.get((network, sparsity)), best_other(entries, network, sparsity))
+        return _lead(ours.get((network, sparsity)), entries)
 
     return "\n\n".join(
         table([name, *heads], [[title_of(n), *(gain(n, s) for s in sparsities)] for n in networks], markdown=True)
@@ -90,7 +82,7 @@ def overview(entries: Sequence[Entry], network: str) -> str:
     """Methods by sparsities: PSNR, and what ours gains over the best other one."""
     own = [entry for entry in entries if entry.network == network]
     sparsities = sorted({entry.sparsity for entry in own if entry.sparsity})
-    methods = _sparse_methods(own)
+    methods = sparse_methods(own)
     by_place = {(entry.method, entry.sparsity): entry for entry in own}
     dense = dense_of(entries, network)
     most = max(len(entry.rows) for entry in own)
@@ -99,15 +91,14 @@ def overview(entries: Sequence[Entry], network: str) -> str:
         rows.append(["dense", *[_value(dense, most)] * len(sparsities)])
     for method in methods:
         rows.append([method, *(_value(by_place.get((method, sparsity)), most) for sparsity in sparsities)])
-    others = {sparsity: best_other(entries, network, sparsity) for sparsity in sparsities}
     notes = [_seeds(own, most)]
     for method in filter(is_ours, methods):
         ours = {sparsity: by_place.get((method, sparsity)) for sparsity in sparsities}
         if dense is not None:
             rows.append([f"{method} - dense", *(_gain(ours[s], dense) for s in sparsities)])
-        rows.append([f"{method} - best other", *(_named_gain(ours[s], others[s]) for s in sparsities)])
-        pairs = {s: (ours[s], others[s]) for s in sparsities if s >= HIGH}
-        gaps = {s: differences(entry, other)[0] for s, (entry, other) in pairs.items() if entry and other}
+        rows.append([f"{method} - best other", *(_lead(ours[s], own) for s in sparsities)])
+        pairs = {s: (entry, best_other(own, entry)) for s, entry in ours.items() if entry and s >= HIGH}
+        gaps = {s: differences(entry, other)[0] for s, (entry, other) in pairs.items() if other}
         if gaps:
             high = ", ".join(f"{s:g}" for s in gaps)
             notes.append(
@@ -140,10 +131,6 @@ def details(entries: Sequence[Entry], network: str) -> str:
     return table(heads, rows, markdown=True)
 
 
-def _sparse_methods(entries: Sequence[Entry]) -> list[str]:
-    return sorted({entry.method for entry in entries if entry.sparsity}, key=method_order)
-
-
 def _seeds(entries: Sequence[Entry], most: int) -> str:
     counts = {len(entry.rows) for entry in entries}
     if most == 1:
@@ -168,45 +155,7 @@ def _gain(entry: Entry | None, other: Entry | None) -> str:
     return f"{mean:+.2f}" if math.isnan(spread) else f"{mean:+.2f} ± {spread:.2f}"
 
 
-def _named_gain(entry: Entry | None, other: Entry | None) -> str:
-    return f"{_gain(entry, other)} ({other.method})" if entry and other else ""
-
-
-def plot_all(entries: Sequence[Entry], out: Path) -> list[Path]:
-    """PSNR over sparsity, and over the size of the file, for each network."""
-    written = []
-    for network in dict.fromkeys(entry.network for entry in entries):
-        for over in ("sparsity", "size"):
-            path = out / f"{network}_psnr_over_{over}.png"
-            plot(entries, network, over, path)
-            written.append(path)
-    return written
-
-
-def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
-    """One picture: a line for each method, the same colour in every picture, and the dense network as a level.
-
-    Bars are one standard deviation.
-    """
-    figure, axes = new_figure()
-    own = [entry for entry in entries if entry.network == network]
-    dense = dense_of(entries, network)
-    if dense is not None:
-        axes.axhline(dense.mean, color="0.5", linestyle="--", label="dense")
-    styles: defaultdict[int, Iterator[str]] = defaultdict(lambda: cycle(LINES))
-    for method in _sparse_methods(own):
-        place, _ = method_order(method)
-        color, width = ("black", 2.5) if is_ours(method) else (f"C{place}", 1.2)
-        look = {"color": color, "linewidth": width, "linestyle": next(styles[place])}
-        line = sorted((entry for entry in own if entry.method == method), key=lambda entry: entry.sparsity)
-        x = [entry.sparsity if over == "sparsity" else entry.bytes / 1000 for entry in line]
-        spread = [0.0 if math.isnan(entry.spread) else entry.spread for entry in line]
-        y = [entry.mean for entry in line]
-        axes.errorbar(x, y, spread, marker="o", capsize=3, label=method, **look)
-    axes.set_xlabel("share of zeros" if over == "sparsity" else "compact file in kB (float32)")
-    if over == "size":
-        log_sizes(axes)
-    left_out = cut_below(axes, DEPTH)
-    axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if left_out else ""))
-    axes.set_title(title_of(network))
-    save_figure(figure, axes, path)
+def _lead(ours: Entry | None, entries: Sequence[Entry]) -> str:
+    """What `ours` gains over the best other method, and which that is."""
+    other = best_other(entries, ours) if ours else None
+    return f"{_gain(ours, other)} ({other.method})" if other else ""

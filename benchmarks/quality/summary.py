@@ -121,14 +121,22 @@ def is_ours(method: str) -> bool:
     return method.partition(":")[0] == OURS
 
 
-def best_other(entries: Iterable[Entry], network: str, sparsity: float) -> Entry | None:
-    """The best entry of a method that is not ours, whole or without a part."""
+def best_other(entries: Iterable[Entry], ours: Entry) -> Entry | None:
+    """Of the methods that are not ours, whole or without a part, the one that `ours` is least ahead of.
+
+    Over the seeds that both have, so that none is the best for having been run with an easy seed alone.
+    """
     others = [
         entry
         for entry in entries
-        if entry.network == network
-        and entry.sparsity == sparsity
+        if entry.network == ours.network
+        and entry.sparsity == ours.sparsity
         and entry.method.partition(":")[0] not in (OURS, "iks-without")
         and not math.isnan(entry.mean)
     ]
-    return max(others, key=lambda entry: entry.mean, default=None)
+    return min(others, key=lambda entry: differences(ours, entry)[0], default=None)
+
+
+def sparse_methods(entries: Iterable[Entry]) -> list[str]:
+    """The methods of `entries` that leave zeros, in their order."""
+    return sorted({entry.method for entry in entries if entry.sparsity}, key=method_order)
