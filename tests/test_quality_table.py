@@ -514,6 +514,19 @@ def test_values_of_fewer_seeds_are_marked() -> None:
     assert [cell.strip() for cell in cells] == ["", "gmp", "36.00 ± 1.00", "34.50 ± 0.71 (2)", "33.00", ""]
 
 
+def test_the_learning_rates_that_were_tried() -> None:
+    rows = [make_row(lr=lr, seed=seed, psnr=30 + lr) for lr in (2e-3, 5e-4) for seed in (0, 1)]
+    rows += [make_row(lr=4e-3, psnr=36.0), make_row(method="iks", sparsity=0.95)]
+    rows += [make_row(method="dense", sparsity=0.0), make_row(network="imdn-4x32-x2", sparsity=0.5)]
+    shown = report.learning_rates(summarise(rows), "edsr-8x32-x2").splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[:1] + shown[2:]] == [
+        ["rate x 1000", "0.9", "0.95"],
+        ["dense", "**1**", "**1**"],
+        ["gmp", "0.5, **2**, 4", ""],
+        ["iks", "", "**1**"],
+    ]
+
+
 def test_all_networks_at_a_glance() -> None:
     rows = [make_row(method="dense", sparsity=0.0, psnr=36.0)]
     rows += [make_row(psnr=35.0), make_row(method="oneshot", psnr=35.25), make_row(method="iks", psnr=35.5)]

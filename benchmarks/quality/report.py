@@ -55,7 +55,9 @@ def markdown(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
     if len(networks) > 1 and any(entry.method == OURS for entry in entries):
         lines += ["", "## All networks", "", all_networks(entries)]
     for network in networks:
-        lines += ["", f"## {title_of(network)}", "", overview(entries, network), "", details(entries, network)]
+        lines += ["", f"## {title_of(network)}"]
+        for part in (overview, learning_rates, details):
+            lines += ["", part(entries, network)]
     return "\n".join(lines) + "\n"
 
 
@@ -109,6 +111,18 @@ def overview(entries: Sequence[Entry], network: str) -> str:
     return "\n\n".join([text, *notes])
 
 
+def learning_rates(entries: Sequence[Entry], network: str) -> str:
+    """Methods by sparsities: the learning rates that were tried, in thousandths, the chosen one in bold."""
+    own = {(entry.method, entry.sparsity): entry for entry in entries if entry.network == network}
+    sparsities = sorted({sparsity for _, sparsity in own if sparsity})
+    rows = []
+    if dense := dense_of(entries, network):
+        rows.append(["dense", *[_rates(dense)] * len(sparsities)])
+    for method in sparse_methods(own.values()):
+        rows.append([method, *(_rates(own.get((method, sparsity))) for sparsity in sparsities)])
+    return table(["rate x 1000", *(f"{sparsity:g}" for sparsity in sparsities)], rows, markdown=True)
+
+
 def details(entries: Sequence[Entry], network: str) -> str:
     """A line for each entry."""
     dense = dense_of(entries, network)
@@ -146,6 +160,13 @@ def _value(entry: Entry | None, most: int = 0) -> str:
     if math.isnan(entry.spread):
         return f"{entry.mean:.2f}"
     return f"{entry.mean:.2f} ± {entry.spread:.2f}" + (f" ({len(entry.rows)})" if len(entry.rows) < most else "")
+
+
+def _rates(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    rates = sorted({lr for lr, _ in entry.tried})
+    return ", ".join(f"**{1000 * lr:g}**" if lr == entry.rows[0].lr else f"{1000 * lr:g}" for lr in rates)
 
 
 def _gain(entry: Entry | None, other: Entry | None) -> str:
