@@ -75,7 +75,7 @@ def write_dial_report(out: Path, table_rows: Sequence[Row]) -> list[Path]:
         return []
     written = [out / "dial.md"]
     with whole_file(written[0]) as path:
-        path.write_text("\n\n".join(["# One training, dialled", *map(markdown, found)]) + "\n", encoding="utf-8")
+        path.write_text(markdown(found), encoding="utf-8")
     for dial in found:
         method = "".join(letter if letter.isalnum() else "-" for letter in dial.method)
         settings = f"{method}_{dial.trained_at:g}_lr{dial.lr:g}_ramp{dial.ramp:g}_steps{dial.more_steps}"
@@ -84,9 +84,14 @@ def write_dial_report(out: Path, table_rows: Sequence[Row]) -> list[Path]:
     return written
 
 
-def markdown(dial: Dial) -> str:
-    """A line for each sparsity."""
+def markdown(found: Sequence[Dial]) -> str:
+    """A table for each dial, with a line for each sparsity."""
+    return "\n\n".join(["# One training, dialled", *map(_section, found)]) + "\n"
+
+
+def _section(dial: Dial) -> str:
     seeds = max(map(len, dial.at_once.values()))
+    over = f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
     rows = []
     for sparsity in sorted(dial.at_once):
         once, more, own = (part.get(sparsity) for part in (dial.at_once, dial.further, dial.separate))
@@ -100,9 +105,9 @@ def markdown(dial: Dial) -> str:
         f"+ {dial.more_steps} steps - trained",
     ]
     text = (
-        f"## {title_of(dial.network)}, {dial.method} trained at {dial.trained_at:g}\n\n"
-        f"Steps as in report.md (lr {dial.lr:g}, ramp {dial.ramp:g}), {seeds} seeds; PSNR in dB, mean and "
-        "standard deviation over seeds."
+        f"## {title_of(dial.network)}, {dial.method} trained at {dial.trained_at:g}, lr {dial.lr:g}\n\n"
+        f"Steps as in report.md (ramp {dial.ramp:g}), {over}; PSNR in dB, mean and standard "
+        "deviation over seeds."
     )
     return f"{text}\n\n{table(heads, rows, markdown=True)}"
 
