@@ -106,8 +106,7 @@ def _section(dial: Dial) -> str:
     ]
     text = (
         f"## {title_of(dial.network)}, {dial.method} trained at {dial.trained_at:g}, lr {dial.lr:g}\n\n"
-        f"Steps as in report.md (ramp {dial.ramp:g}), {over}; PSNR in dB, mean and standard "
-        "deviation over seeds."
+        f"Steps as in report.md (ramp {dial.ramp:g}), {over}; PSNR in dB, mean and standard deviation over seeds."
     )
     return f"{text}\n\n{table(heads, rows, markdown=True)}"
 
