@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from benchmarks.quality import pictures, progress, report, workers
 from benchmarks.quality.cli import main
 from benchmarks.quality.dense import dense_path
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.plan import Plan
+from benchmarks.quality.plan import GivenRows, Plan
 from benchmarks.quality.results import Row, read_rows, write_rows
 from benchmarks.quality.settings import Budget, Case
 from benchmarks.quality.summary import best_other, dense_of, differences, summarise
@@ -140,6 +141,61 @@ def test_redo_of_what_is_not_there(whole: Path, data: Path, tmp_path: Path, caps
     expected = f"--redo: expected methods that {tmp_path} has rows of (dense, gmp, iks), got iks-without"
     assert expected in capsys.readouterr().err
     assert (tmp_path / "results.csv").read_text() == text
+
+
+def again(data: Path, out: Path, table: Path, *more: str) -> int:
+    return main(["run", "--data", str(data), "--out", str(out), "--rows", str(table), *more])
+
+
+def test_rows_of_another_table_are_made_again(data: Path, whole: Path, tmp_path: Path) -> None:
+    rows = whole / "results.csv"
+    assert again(data, tmp_path / "one", rows, "--sparsities", "0.9", "--methods", "gmp", "dense") == 0
+    some = table(tmp_path / "one")
+    assert [(row["method"], row["sparsity"]) for row in some] == [("dense", "0.0"), ("gmp", "0.9")]
+    assert again(data, tmp_path / "one", rows) == 0
+    assert table(tmp_path / "one") == table(whole)
+    assert again(data, tmp_path / "longer", rows, "--methods", "dense", "--steps", "11") == 0
+    assert [row["steps"] for row in table(tmp_path / "longer")] == ["11"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "message"),
+    [
+        (None, (), "expected a results.csv of this lab, got a file without rows, or none"),
+        (lambda text: text.splitlines()[0] + "\n", (), "got a file without rows, or none"),
+        (lambda text: text.replace("psnr,", "loudness,", 1), (), "is not a table of this lab"),
+        (str, ("--networks", "imdn-4x32-x2", "--lrs", "1"), "none of its 5 rows has the --networks, --lrs asked for"),
+        (str, ("--sparsities", "90"), "--sparsities: expected numbers in"),
+        (str, ("--preset", "small"), "leave out --preset, --quick and --full-grid"),
+        (str, ("--full-grid",), "leave out --preset, --quick and --full-grid"),
+        (
+            lambda text: text.replace("x2,gmp", "x9,gmp", 1),
+            (),
+            "expected networks of edsr-8x32-x2, .*, got edsr-1x8-x9",
+        ),
+        (lambda text: text.replace(",gmp", ",magic", 1), (), "expected any of dense, .*, got 'magic'"),
+        (
+            lambda text: text.replace("float32", "bfloat16", 1),
+            (),
+            "rows of another budget: expected precision bfloat16, got float32",
+        ),
+    ],
+)
+def test_tables_whose_rows_cannot_be_made_again(
+    data: Path,
+    whole: Path,
+    tmp_path: Path,
+    spoil: Any,
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = tmp_path / "rows.csv"
+    if spoil:
+        rows.write_text(spoil((whole / "results.csv").read_text()))
+    assert again(data, tmp_path / "out", rows, *arguments) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_method_runs(data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,12 +350,22 @@ def test_plan_of_other_seeds_is_the_best_cell_once_all_are_tried() -> None:
     ]
     psnr[Case("edsr-8x32-x2", "gmp", 0.8, 0, 1e-4, 0.3)] = 99.0
     assert Case("edsr-8x32-x2", "gmp", 0.8, 1, 1e-4, 0.3) in PLAN.cases(psnr)
-    assert len(PLAN.cases(psnr)) == PLAN.size()["edsr-8x32-x2"] == 14 + 5
+    assert PLAN.size() == {("edsr-8x32-x2", 0): 14, ("edsr-8x32-x2", 1): 5}
+    assert len(PLAN.cases(psnr)) == 14 + 5
 
 
 def test_plan_of_a_full_grid() -> None:
     plan = replace(PLAN, tune=False)
-    assert len(plan.cases({})) == plan.size()["edsr-8x32-x2"] == 2 * 14
+    assert plan.size() == {("edsr-8x32-x2", 0): 14, ("edsr-8x32-x2", 1): 14}
+    assert len(plan.cases({})) == 2 * 14
+
+
+def test_plan_of_given_rows_asks_for_their_dense_networks_alone() -> None:
+    cases = (Case("edsr-8x32-x2", "gmp", 0.9, 2, 1e-3, 0.6), Case("imdn-4x32-x2", "dense", 0.0, 0, 1e-3, 0.0))
+    plan = GivenRows((*cases, replace(cases[0], lr=2e-3)))
+    assert plan.networks == ("edsr-8x32-x2", "imdn-4x32-x2")
+    assert plan.size() == {("edsr-8x32-x2", 2): 2, ("imdn-4x32-x2", 0): 1}
+    assert plan.cases({cases[0]: 36.0}) == [*cases, replace(cases[0], lr=2e-3)]
 
 
 def test_dense_networks_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality run --data DIR --out OUT --preset small --jobs 2
     python -m benchmarks.quality run --data DIR --out OUT --networks edsr-8x32-x2 --methods dense gmp iks --seeds 0
+    python -m benchmarks.quality run --data DIR --out OUT --rows docs/quality/results.csv --sparsities 0.9
     python -m benchmarks.quality dial --data DIR --out OUT --networks edsr-8x32-x2
     python -m benchmarks.quality report --out OUT
     python -m benchmarks.quality list

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from .dial import DIAL, DialJob, DialRow, make_dial
 from .methods import METHODS, make_method
 from .methods.iks import IKS
 from .networks import NETWORKS
-from .plan import Plan
+from .plan import GivenRows, Plan
 from .presets import PRESETS
 from .report import write_report
-from .results import Measured, Row, read_rows, write_rows
-from .settings import Budget, Case
+from .results import Measured, Row, read_rows, refuse_other_budget, write_rows
+from .settings import BUDGET_FIELDS, CASE_FIELDS, Budget, Case
 from .summary import OURS, summarise
 from .table import RESULTS, locked, make_table
 from .workers import Place
@@ -99,6 +99,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--seeds", nargs="+", type=int, metavar="N")
     plan.add_argument("--lrs", nargs="+", type=float, metavar="LR", help="grid: learning rates of the sparse phase")
     plan.add_argument("--ramps", nargs="+", type=float, metavar="R", help="grid: lengths of the ramp, in (0, 1]")
+    plan.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="make again what is in a results.csv, with its budget where none is given; the options above choose there",
+    )
     plan.add_argument("--full-grid", action="store_true", help="whole grid for every seed, not the first one's best")
     plan.add_argument(
         "--redo", nargs="+", default=[], metavar="METHOD", help="forget the rows of these methods first (once)"
@@ -124,28 +130,68 @@ def _count(text: str) -> int:
     return value
 
 
+GRID = dict(zip(("networks", "methods", "sparsities", "seeds", "lrs", "ramps"), CASE_FIELDS, strict=True))
+"""Options that say which rows, and the field of a case that each is about."""
+
+
 def _place_and_plan(options: argparse.Namespace) -> tuple[Place, Plan]:
+    """All that the options name, or else the preset."""
     preset = PRESETS["quick" if options.quick else options.preset or "small"]
-    given: dict[str, Any] = {
-        name: tuple(getattr(options, name))
-        for name in ("networks", "methods", "sparsities", "seeds", "lrs", "ramps")
-        if getattr(options, name, None)
-    }
-    plan = replace(preset.plan, **given)
-    plan = replace(plan, tune=not getattr(options, "full_grid", False))
-    for method in plan.methods:
+    plan = replace(preset.plan, **_grid(options), tune=not getattr(options, "full_grid", False))
+    return _place(options, preset.budget), plan
+
+
+def _place_and_given_rows(options: argparse.Namespace) -> tuple[Place, GivenRows]:
+    """Those rows of another table that fit the options."""
+    if options.preset or options.quick or options.full_grid:
+        raise IksError("--rows says which rows to make: leave out --preset, --quick and --full-grid")
+    rows = read_rows(options.rows, Row)
+    if not rows:
+        raise IksError(f"--rows {options.rows}: expected a results.csv of this lab, got a file without rows, or none")
+    for row in rows:
+        refuse_other_budget(options.rows, row, rows[0].budget)
+    grid = _grid(options)
+    cases = [row.case for row in rows if all(_fits(row.case, name, values) for name, values in grid.items())]
+    if not cases:
+        raise IksError(f"--rows {options.rows}: none of its {len(rows)} rows has the --{', --'.join(grid)} asked for")
+    for case in cases:
+        make_method(case.method)
+        if case.network not in NETWORKS:
+            raise IksError(f"--rows {options.rows}: expected networks of {', '.join(NETWORKS)}, got {case.network}")
+    return _place(options, {name: getattr(rows[0], name) for name in BUDGET_FIELDS}), GivenRows(tuple(cases))
+
+
+def _fits(case: Case, option: str, values: Sequence[Any]) -> bool:
+    """Whether a case has one of the values of an option, or none at all: a dense network no sparsity, some no ramp."""
+    value = getattr(case, GRID[option])
+    return value in values or (option in ("sparsities", "ramps") and value == 0)
+
+
+def _grid(options: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
+    """The options of `GRID` that are given, checked."""
+    grid = {name: tuple(getattr(options, name)) for name in GRID if getattr(options, name, None)}
+    for method in grid.get("methods", ()):
         make_method(method)
-    _check_range("--sparsities", plan.sparsities, lambda value: 0 < value < 1, "numbers in (0, 1), such as 0.9")
-    _check_range("--ramps", plan.ramps, lambda value: 0 < value <= 1, "shares of the steps in (0, 1], such as 0.6")
-    _check_range("--lrs", plan.lrs, lambda value: value > 0, "positive numbers, such as 5e-4")
-    _check_range("--seeds", plan.seeds, lambda value: value >= 0, "whole numbers from 0")
+    checks: dict[str, tuple[Callable[[float], bool], str]] = {
+        "sparsities": (lambda value: 0 < value < 1, "numbers in (0, 1), such as 0.9"),
+        "ramps": (lambda value: 0 < value <= 1, "shares of the steps in (0, 1], such as 0.6"),
+        "lrs": (lambda value: value > 0, "positive numbers, such as 5e-4"),
+        "seeds": (lambda value: value >= 0, "whole numbers from 0"),
+    }
+    for name, check in checks.items():
+        _check_range(f"--{name}", grid.get(name, ()), *check)
+    return grid
+
+
+def _place(options: argparse.Namespace, usual: Mapping[str, Any]) -> Place:
+    """Where, and with which budget: as given, or else `usual`."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise IksError("--device cuda: torch finds no GPU here. Leave it out to run on the CPU")
     check_folder(options.data)
     names = ("dense_steps", "steps", "batch", "patch", "precision")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name)}
-    budget = Budget(**{**preset.budget, **chosen}, device=options.device, data=fingerprint(options.data))
-    return Place(options.data, options.out, budget), plan
+    budget = Budget(**{**usual, **chosen, "device": options.device, "data": fingerprint(options.data)})
+    return Place(options.data, options.out, budget)
 
 
 def _check_range(name: str, values: Sequence[float], fits: Callable[[float], bool], expected: str) -> None:
@@ -155,7 +201,7 @@ def _check_range(name: str, values: Sequence[float], fits: Callable[[float], boo
 
 
 def _run(options: argparse.Namespace) -> None:
-    place, plan = _place_and_plan(options)
+    place, plan = _place_and_given_rows(options) if options.rows else _place_and_plan(options)
     if options.redo:
         _forget(options.out, options.redo)
     make_table(plan, place, options.jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -12,6 +13,9 @@ from .settings import Case
 
 Cell = tuple[float, float]
 """Learning rate and ramp."""
+
+Start = tuple[str, int]
+"""Network and seed of the dense network that rows start from."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,13 @@ class Plan:
         ramps = self.ramps if method_class(method).has_ramp else (0.0,)
         return list(product(self.lrs, ramps))
 
-    def size(self) -> dict[str, int]:
-        """How many rows each network has in the end."""
-        counts = dict.fromkeys(self.networks, 0)
+    def size(self) -> dict[Start, int]:
+        """How many rows start from each dense network in the end."""
+        counts = dict.fromkeys(product(self.networks, self.seeds), 0)
         for network, _, method in self.groups():
             cells = len(self.cells(method))
-            counts[network] += cells + (len(self.seeds) - 1) * (1 if self.tune else cells)
+            for seed in self.seeds:
+                counts[network, seed] += cells if seed == self.seeds[0] or not self.tune else 1
         return counts
 
     def cases(self, psnr: Mapping[Case, float]) -> list[Case]:
@@ -81,3 +86,22 @@ class Plan:
         if len(scores) < len(cells):
             return []
         return [at(max(scores, key=lambda cell: -math.inf if math.isnan(scores[cell]) else scores[cell]), seed)]
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """A plan of rows that are known from the start, such as those of another table that are to be made again."""
+
+    given: tuple[Case, ...]
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(case.network for case in self.given))
+
+    def size(self) -> dict[Start, int]:
+        """How many rows start from each dense network."""
+        return dict(Counter((case.network, case.seed) for case in self.given))
+
+    def cases(self, psnr: Mapping[Case, float]) -> list[Case]:
+        """All rows in their order, whatever is there already."""
+        return list(self.given)

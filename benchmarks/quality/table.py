@@ -11,7 +11,7 @@ from iks_plugin import IksError
 
 from .data import load_images
 from .networks import NETWORKS, work_per_step
-from .plan import Plan
+from .plan import GivenRows, Plan, Start
 from .progress import Progress
 from .results import Row, read_rows, write_rows
 from .settings import Case
@@ -20,7 +20,7 @@ from .workers import DenseJob, Job, Place, RowJob, open_workers
 RESULTS = "results.csv"
 
 
-def make_table(plan: Plan, place: Place, jobs: int = 1) -> list[Row]:
+def make_table(plan: Plan | GivenRows, place: Place, jobs: int = 1) -> list[Row]:
     """Train what `plan` needs and the file of `place` does not hold yet; return all rows of the file.
 
     Raises:
@@ -38,7 +38,7 @@ def make_table(plan: Plan, place: Place, jobs: int = 1) -> list[Row]:
 
 
 class _Table:
-    def __init__(self, plan: Plan, place: Place, path: Path, rows: dict[Case, Row]) -> None:
+    def __init__(self, plan: Plan | GivenRows, place: Place, path: Path, rows: dict[Case, Row]) -> None:
         self.plan, self.place, self.path, self.rows = plan, place, path, rows
         self.work = {name: work_per_step(name, place.budget.batch, place.budget.patch) for name in plan.networks}
 
@@ -71,19 +71,18 @@ class _Table:
 
     def _starts(self) -> list[DenseJob]:
         """Dense networks that are missing and that some row will need, be it known yet or not."""
-        left = self._rows_left()
-        jobs = [DenseJob(name, seed) for name in self.plan.networks if left[name] for seed in self.plan.seeds]
+        jobs = [DenseJob(*start) for start, rows in self._rows_left().items() if rows]
         return [job for job in jobs if not job.path(self.place).exists()]
 
-    def _rows_left(self) -> dict[str, int]:
+    def _rows_left(self) -> dict[Start, int]:
         left = self.plan.size()
         for case in self._cases():
-            left[case.network] -= case in self.rows
+            left[case.network, case.seed] -= case in self.rows
         return left
 
     def _work_left(self) -> float:
         budget = self.place.budget
-        rows = sum(self.work[name] * budget.steps * count for name, count in self._rows_left().items())
+        rows = sum(self.work[name] * budget.steps * count for (name, _), count in self._rows_left().items())
         return rows + sum(self.work[job.network] * budget.dense_steps for job in self._starts())
 
 
