@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError
+from .errors import IksError, OptionError
 from .fast import paths
 from .packing import pack, unpack
 from .runtime import Packed, is_packed
@@ -69,17 +69,20 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def bench(model: nn.Module, size: tuple[int, int], rounds: int = 5, channels: int = 3) -> Bench:
+def bench(model: nn.Module, size: tuple[int, int], rounds: int = 5) -> Bench:
     """Run `model`, packed or to be packed, and its dense copy on an image of random numbers, in turn.
 
     Args:
-        model: a network for images of `channels` channels, with zeros; it is packed afterwards.
+        model: a network for images of 3 channels, or else of 1, with zeros; it is packed afterwards.
         size: height and width of the image.
         rounds: how often each runs; medians count.
+
+    Raises:
+        IksError: it takes no such image of that size.
     """
     if not is_packed(model):
         pack(model)
-    image = torch.rand(1, channels, *size)
+    image = _image_for(model, size)
     dense = unpack(copy.deepcopy(model))
     ways: dict[str, Callable[[], Tensor]] = {
         "packed": lambda: model(image),
@@ -98,7 +101,7 @@ def bench(model: nn.Module, size: tuple[int, int], rounds: int = 5, channels: in
     medians = {name: statistics.median(values) for name, values in times.items()}
     layout = min(("contiguous", "channels_last"), key=medians.__getitem__)
     return Bench(
-        image=(channels, *size),
+        image=tuple(image.shape[1:]),
         threads=torch.get_num_threads(),
         dense=medians[layout],
         dense_layout=layout,
@@ -106,6 +109,23 @@ def bench(model: nn.Module, size: tuple[int, int], rounds: int = 5, channels: in
         layers=_layers(model),
         dense_bytes=_bytes(dense),
         packed_bytes=_bytes(model),
+    )
+
+
+def _image_for(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    """Random numbers that `model` takes: 3 channels, or else 1."""
+    reasons = []
+    for channels in (3, 1):
+        image = torch.rand(1, channels, *size)
+        try:
+            model(image)
+        except Exception as error:  # whatever a network makes of an image that it does not take
+            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
+        else:
+            return image
+    raise IksError(
+        f"the network takes no image of {size[1]} x {size[0]} pixels, with 3 channels ({reasons[0]}) or with 1 "
+        f"({reasons[1]}): expected a network for one such image, try another --size"
     )
 
 

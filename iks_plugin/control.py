@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,8 @@ class SparsityController:
         self._curvature = CurvatureWatcher(self._gated_left)
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._factors: dict[str, float] | None = None
-        self._watcher = OptimizerWatcher(self._watched, self._on_optimizer_begin, self._on_optimizer_step)
+        self._warned_of_missed_layers = False
+        self._watcher = OptimizerWatcher(self._watched, self._remember, self._lengthen, self._on_optimizer_step)
         self._watched_a_step = False
         self._watcher.start()
         self._measure_if_due()
@@ -141,8 +142,8 @@ class SparsityController:
             )
         self._count_step()
 
-    def _on_optimizer_begin(self) -> None:
-        """Remember the weights whose step is to become longer."""
+    def _remember(self, weights: Container[int]) -> None:
+        """Before a step of an optimizer that holds `weights`: keep those whose step is to become longer."""
         self._before.clear()
         law = self._law
         if isinstance(law, laws.SurgeonLaw):
@@ -150,14 +151,16 @@ class SparsityController:
             if self._factors is None:
                 self._factors = {name: law.update_factor(1 - _share_of_zeros(layer)) for name, layer in layers.items()}
             for name, layer in layers.items():
-                if self._factors[name] != 1:
+                if self._factors[name] != 1 and id(layer.raw_weight) in weights:
                     self._before.append((layer.raw_weight, layer.raw_weight.detach().clone(), self._factors[name]))
 
     @torch.no_grad()
-    def _on_optimizer_step(self) -> None:
+    def _lengthen(self) -> None:
         for weight, before, factor in self._before:
             weight.lerp_(before, 1 - factor)  # before + factor * (after - before)
         self._before.clear()
+
+    def _on_optimizer_step(self) -> None:
         self._watched_a_step = True
         self._count_step()
 
@@ -185,7 +188,22 @@ class SparsityController:
         else:
             if self._start is None:
                 self._start = self.sparsity
+            self._warn_of_missed_layers()
             self._shift_to(self._law.wanted(self._steps, self._start, self.target_sparsity))
+
+    def _warn_of_missed_layers(self) -> None:
+        missed = self._curvature.missed()
+        if missed and not self._warned_of_missed_layers:
+            self._warned_of_missed_layers = True
+            names = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
+            warnings.warn(
+                f"{len(missed)} rewritten layers ({names}) were trained in eval mode, or got their input by keyword: "
+                'the law "obs" cannot measure what the loss needs of them, and their weights go by magnitude alone. '
+                "Call model.train() before the training (and eval() on normalisation layers alone, where their "
+                "statistics are to stay), and pass inputs by position",
+                IksWarning,
+                stacklevel=5,
+            )
 
     def detach(self) -> None:
         """Stop acting by itself; thresholds stay as they are, and `step()` still works by hand."""
@@ -335,6 +353,10 @@ class SparsityController:
     def _change_thresholds(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self._gated().values():
             change(layer.threshold)
+
+    def layers_left(self) -> list[Gated]:
+        """The layers that it drives, without those that are gone or finalized."""
+        return list(self._gated_left().values())
 
     def _gated_left(self) -> dict[str, Gated]:
         return {name: layer for name, layer in self._layers_left().items() if isinstance(layer, Gated)}

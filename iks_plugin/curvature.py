@@ -55,10 +55,12 @@ class CurvatureWatcher:
         self._handle: Any = None
         self._names: dict[int, str] = {}
         self._means: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self._missed: set[str] = set()
 
     def start(self) -> None:
         if self._handle is None:
             self._means.clear()
+            self._missed.clear()
             self._names = {id(layer): name for name, layer in self._layers().items()}
             self._handle = nn.modules.module.register_module_forward_hook(self._on_forward)
             eager.hold(self)
@@ -100,11 +102,18 @@ class CurvatureWatcher:
                 tensor /= dist.get_world_size()
         return {name: found[name] for name in sorted(everywhere)}
 
+    def missed(self) -> list[str]:
+        """Layers that had gradients to pass on but could not be measured: in eval mode, or their input by keyword."""
+        return sorted(self._missed - self._means.keys())
+
     def _on_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         name = self._names.get(id(module))
-        if name is None or not isinstance(output, Tensor) or not output.requires_grad or not module.training:
+        if name is None or not isinstance(module, Gated):
             return
-        if not arguments or not isinstance(arguments[0], Tensor) or not output.numel() or not isinstance(module, Gated):
+        if not isinstance(output, Tensor) or not output.requires_grad or not output.numel():
+            return
+        if not module.training or not arguments or not isinstance(arguments[0], Tensor):
+            self._missed.add(name)
             return
         image, shape = arguments[0].detach(), output.shape
 

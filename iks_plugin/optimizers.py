@@ -2,14 +2,17 @@
 
 A watcher hears of every step of every torch optimizer through torch's global step hooks, so a training loop needs no
 line of its own. Gradient accumulation, steps that a GradScaler skips, and a second optimizer for a discriminator thus
-count as they should: only a step of the optimizer that holds the first threshold in training counts.
+count as they should: only a step of the optimizer that holds the first threshold in training counts. A step may run
+within another one, of a subclass or a wrapper such as SAM: the innermost is the one. And it may fail on the way: what
+was begun then is begun anew by the next one.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,30 +29,51 @@ _watchers: weakref.WeakSet[OptimizerWatcher] = weakref.WeakSet()
 _hooks: list[Any] = []
 
 
+@dataclass(frozen=True)
+class _Holding:
+    """What an optimizer holds, as long as its groups and the watched layers look the same.
+
+    Attributes:
+        signature: how they look.
+        weights: the ids of the watched weights in it.
+        counts: whether its steps count.
+        decays: whether they would decay thresholds.
+    """
+
+    signature: object
+    weights: frozenset[int]
+    counts: bool
+    decays: bool
+
+
 class OptimizerWatcher:
-    """Calls `on_step` after each step of the optimizer that holds the first threshold that requires a gradient.
+    """Calls back around each step of the optimizers that hold watched weights.
 
     Args:
         pairs: returns (name, weight, threshold) of every watched layer.
-        on_begin: called without arguments before a step that counts.
-        on_step: called without arguments after it.
+        on_begin: called before a step, with the ids of the watched weights that the optimizer holds.
+        on_end: called without arguments after it.
+        on_count: called without arguments after that, if it was the optimizer that holds the first threshold that
+            requires a gradient.
     """
 
     def __init__(
         self,
         pairs: Callable[[], Iterable[tuple[str, Parameter, Parameter]]],
-        on_begin: Callable[[], None],
-        on_step: Callable[[], None],
+        on_begin: Callable[[Container[int]], None],
+        on_end: Callable[[], None],
+        on_count: Callable[[], None],
     ) -> None:
         self._pairs = pairs
         self._on_begin = on_begin
-        self._on_step = on_step
-        self._seen: weakref.WeakKeyDictionary[Optimizer, tuple[object, bool, bool]] = weakref.WeakKeyDictionary()
+        self._on_end = on_end
+        self._on_count = on_count
+        self._seen: weakref.WeakKeyDictionary[Optimizer, _Holding] = weakref.WeakKeyDictionary()
         self._unprotected: weakref.WeakKeyDictionary[Optimizer, list[list[Parameter]]] = weakref.WeakKeyDictionary()
         self._protected: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._warned_of_decay = False
         self._looked_for_idle_layers = False
-        self._step_begun = False
+        self._count_begun = False
 
     def start(self) -> None:
         if not _hooks:
@@ -63,38 +87,40 @@ class OptimizerWatcher:
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
-        counts, decays = self._inspect(optimizer)
-        if counts and not self._step_begun:
-            self._step_begun = True
-            self._on_begin()
-        if counts and not self._looked_for_idle_layers:
-            self._warn_of_idle_layers(optimizer)
-        if decays:
+        holding = self._inspect(optimizer)
+        if holding.weights:
+            self._on_begin(holding.weights)
+        if holding.counts:
+            self._count_begun = True
+            if not self._looked_for_idle_layers:
+                self._warn_of_idle_layers(optimizer)
+        if holding.decays:
             self._protect(optimizer)
 
     def after_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
-        counts, _ = self._inspect(optimizer)
-        # A step may run within another one, of a subclass or a wrapper such as SAM: only the innermost counts.
-        if counts and self._step_begun:
-            self._step_begun = False
-            self._on_step()
+        holding = self._inspect(optimizer)
+        if holding.weights:
+            self._on_end()
+        if holding.counts and self._count_begun:
+            self._count_begun = False
+            self._on_count()
 
-    def _inspect(self, optimizer: Optimizer) -> tuple[bool, bool]:
-        """Whether a step of `optimizer` counts, and whether it would decay thresholds."""
+    def _inspect(self, optimizer: Optimizer) -> _Holding:
         groups = optimizer.param_groups
         lead = next((id(t) for _, _, t in self._pairs() if t.requires_grad), None)
         signature = (lead, *((len(group["params"]), bool(group.get("weight_decay"))) for group in groups))
         seen = self._seen.get(optimizer)
-        if seen is None or seen[0] != signature:
+        if seen is None or seen.signature != signature:
             pairs = list(self._pairs())
             held = {id(p): bool(group.get("weight_decay")) for group in groups for p in group["params"]}
             stale = [name for name, w, t in pairs if id(w) in held and t.requires_grad and id(t) not in held]
             if stale:
                 raise IksError(_stale_message(optimizer, stale))
+            weights = frozenset(id(w) for _, w, _ in pairs if id(w) in held)
             decays = any(held.get(id(t), False) for _, _, t in pairs)
-            seen = self._seen[optimizer] = (signature, lead in held, decays)
-        return seen[1], seen[2]
+            seen = self._seen[optimizer] = _Holding(signature, weights, lead in held, decays)
+        return seen
 
     def _protect(self, optimizer: Optimizer) -> None:
         """For the length of one step, move the decayed thresholds into a group of their own without decay.
@@ -185,7 +211,8 @@ def _stale_message(optimizer: Optimizer, stale: list[str]) -> str:
     names = ", ".join(name or "the model itself" for name in stale[:3]) + (", ..." if len(stale) > 3 else "")
     return (
         f"{type(optimizer).__name__} holds the weights but not the thresholds of {len(stale)} rewritten layers "
-        f"({names}): it was built before sparsify, or without the thresholds. Build it after sparsify, from "
-        "model.parameters() or controller.param_groups(), or add what is missing: "
+        f"({names}): it was built before sparsify, or the thresholds were left out or given to another optimizer. "
+        "Build it after sparsify, with both of each layer, from model.parameters() or controller.param_groups(). Or, "
+        "where no optimizer holds thresholds yet, add them: "
         "optimizer.add_param_group(controller.param_groups()[1]). Nothing has been changed by this step"
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .errors import IksError
 from .layers import Gated, gated_layers
 from .measure import zeros_in
 from .rewrite import LEFT_ALONE, REWRITTEN, trained_for
@@ -100,7 +101,12 @@ def report(model: nn.Module) -> Report:
     """Count the zeros of every layer of `model` that holds a kernel: rewritten, finalized, packed or any other model.
 
     Layers that `sparsify` left alone carry its reason.
+
+    Raises:
+        IksError: the model is on the device "meta", where weights have no values.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise IksError("the model is on the meta device, where weights have no values: load them before a report")
     gated = {id(layer.raw_weight): layer for layer in gated_layers(model).values()}
     thresholds = {id(layer.threshold) for layer in gated.values()}
     parameters = [

@@ -23,6 +23,7 @@ from .laws import count_for, project
 from .layers import Gated, GateSettings, Goal, gated_layers, new_threshold, open_gate, remove_gate
 from .measure import all_shifts, count_weights, unique, zeros_in
 from .options import Options, check_sparsity
+from .runtime import is_packed
 from .selection import select
 
 FAR = 0.01
@@ -115,6 +116,10 @@ def sparsify(
         **unknown,
     )
     if isinstance(model, nn.Module):
+        if is_packed(model):
+            raise IksError(
+                "the model is packed: call iks_plugin.unpack(model) before sparsify, which trains dense weights"
+            )
         orphans = gated_layers(model)
         if orphans and not controllers_of(orphans.values()):
             return _adopt(model, orphans, options)
@@ -316,10 +321,19 @@ def projected_weights(
     result: dict[Gated, Tensor] = {}
     for goal, members in by_goal.items():
         target = goal.target_sparsity if target_sparsity is None else target_sparsity
-        if count_weights(members.values()) != goal.weights:
+        weights = count_weights(members.values())
+        if weights != goal.weights and not _is_all_that_is_left(members.values()):
             raise IksError(
-                f"this is only a part of a rewritten model ({count_weights(members.values()):,} of {goal.weights:,} "
-                "weights), and the target counts over all of it: finalize the whole"
+                f"this is only a part of a rewritten model ({weights:,} of {goal.weights:,} weights), and the target "
+                "counts over all of it: finalize the whole. Where layers were replaced since sparsify, delete what "
+                "still refers to the old ones first"
+            )
+        if warn and weights != goal.weights:
+            warnings.warn(
+                f"layers with {goal.weights - weights:,} weights are gone since sparsify: the target counts over the "
+                f"{weights:,} weights of those that are left",
+                IksWarning,
+                stacklevel=4,  # past no_grad's wrapper, to the caller of finalize
             )
         if goal.budget is not None and target_sparsity is None:
             target = sparsity_for(model, members, goal.budget, guess=goal.target_sparsity, trains_on=False)
@@ -328,19 +342,26 @@ def projected_weights(
         raw = [layer.raw_weight.detach() for layer in members.values()]
         zeros = count_for(target, shifts.numel())
         projected = raw if target_sparsity == 0 else project(gated, raw, shifts, zeros)
-        if warn and target_sparsity is None:
-            _warn_if_far(zeros_in(gated), zeros, shifts.numel())
         if warn:
             _warn_if_short(zeros_in(projected), zeros)
+        if warn and target_sparsity is None:
+            _warn_if_far(zeros_in(gated), zeros_in(projected), zeros, shifts.numel())
         result.update(zip(members.values(), projected, strict=True))
     return result
 
 
-def _warn_if_far(reached: int, zeros: int, weights: int) -> None:
-    if abs(reached - zeros) > FAR * weights:
+def _is_all_that_is_left(layers: Iterable[Gated]) -> bool:
+    """Whether no other layer lives that was rewritten together with `layers`, as the others were replaced."""
+    here = {id(layer.raw_weight) for layer in layers}
+    left = [layer for controller in controllers_of(layers) for layer in controller.layers_left()]
+    return bool(left) and all(id(layer.raw_weight) in here for layer in left)
+
+
+def _warn_if_far(trained: int, met: int, zeros: int, weights: int) -> None:
+    if abs(trained - met) > FAR * weights:
         warnings.warn(
-            f"training ended at {reached / weights:.1%} zeros, and the target is {zeros / weights:.1%}: to meet it, "
-            f"{abs(zeros - reached):,} of {weights:,} weights are changed without training, which costs quality. "
+            f"training ended at {trained / weights:.1%} zeros, and the target is {zeros / weights:.1%}: to meet it, "
+            f"{abs(trained - met):,} of {weights:,} weights are changed without training, which costs quality. "
             "Train longer, or pass total_steps (or a shorter ramp_steps) to sparsify",
             IksWarning,
             stacklevel=5,  # past no_grad's wrapper, to the caller of finalize

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .container import FileInfo
 from .errors import IksError
@@ -14,10 +15,12 @@ from .swap import Swapped, original_class
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of a wrapper for parallel training, whose names do not belong in a file."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner: nn.Module = model.module
-        return inner
+    """The model inside of wrappers, whose names do not belong in a file: parallel, averaged, compiled."""
+    inner: object = model
+    while isinstance(inner, nn.Module):
+        model = inner
+        wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
+        inner = model.module if wraps else model._modules.get("_orig_mod")
     return model
 
 

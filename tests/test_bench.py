@@ -10,6 +10,7 @@ from torch import nn
 
 import iks_plugin
 import toys
+from iks_plugin import IksError
 from iks_plugin.__main__ import WRONG_USE, main
 from iks_plugin.bench import bench, parse_size
 
@@ -42,6 +43,14 @@ def test_the_command(pruned: nn.Module, tmp_path: Path, capsys: pytest.CaptureFi
     assert "image 3x20x33, 1 threads" in out
     assert "times as fast" in out
     assert "packed layer" in out
+
+
+def test_a_network_for_grey_images_or_for_none() -> None:
+    grey = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1))
+    assert bench(grey, (8, 9), rounds=1).image == (1, 8, 9)
+    five = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1))
+    with pytest.raises(IksError, match=r"takes no image of 9 x 8 pixels, with 3 channels \(.*5.*\) or with 1 .*--size"):
+        bench(five, (8, 9), rounds=1)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,25 @@ def test_a_model_whose_layers_were_all_replaced_does_not_disturb_others():
     iks_plugin.finalize(other, 0.5)
 
 
+def test_the_target_counts_over_the_layers_that_are_left():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    old = model[4]
+    model[4] = nn.Conv2d(16, 16, 3, padding=1)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 10)
+    with pytest.raises(IksError, match="only a part of a rewritten model .* delete what still refers to the old ones"):
+        iks_plugin.finalize(model)
+    del old
+    gc.collect()
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 10)
+    assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
+    with pytest.warns(
+        iks_plugin.IksWarning, match="layers with 2,304 weights are gone since sparsify: .* over the 2,304 weights"
+    ):
+        iks_plugin.finalize(model)
+    assert int((model[2].weight == 0).sum()) == round(0.8 * 2304)
+
+
 def test_a_model_whose_layers_were_replaced_lets_other_optimizers_step():
     model = toys.plain_sr()
     iks_plugin.sparsify(model, 0.8)

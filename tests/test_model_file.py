@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import iks_plugin
 import toys
@@ -145,13 +147,23 @@ def test_onto_the_meta_device(tmp_path: Path) -> None:
     assert all(isinstance(parameter, nn.Parameter) for parameter in other.parameters())
 
 
-def test_a_wrapper_of_parallel_training_leaves_no_trace(tmp_path: Path) -> None:
+WRAPPERS = {
+    "parallel": nn.DataParallel,
+    "averaged": AveragedModel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled and averaged": lambda model: AveragedModel(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_leaves_no_trace(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = pruned_sr()
-    iks_plugin.save(nn.DataParallel(model), tmp_path / "m.iks")
+    iks_plugin.save(wrap(model), tmp_path / "m.iks")
     assert list(iks_plugin.load(tmp_path / "m.iks")) == list(model.state_dict())
-    wrapped = nn.DataParallel(toys.plain_sr())
+    wrapped = wrap(toys.plain_sr())
     assert iks_plugin.load(tmp_path / "m.iks", wrapped) is wrapped
-    assert bits_equal(wrapped.module[2].weight, model[2].weight)
+    x = torch.randn(1, 3, 8, 8)
+    assert bits_equal(wrapped(x), model(x))
 
 
 def tensor_of(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

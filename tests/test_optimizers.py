@@ -58,7 +58,7 @@ def test_two_models_each_have_their_own_controller():
     assert [controller.sparsity for controller in controllers] == pytest.approx([0.5, 0.9], abs=1e-3)
 
 
-class CallsItsParent(torch.optim.Adam):
+class CallsItsParent(torch.optim.SGD):
     """Its step calls the step of the class above, which has hooks of its own."""
 
     def step(self, closure=None):
@@ -70,6 +70,73 @@ def test_a_step_within_a_step_counts_once():
     controller = iks_plugin.sparsify(model, 0.8)
     toys.train(model, CallsItsParent(model.parameters(), 1e-3), 5)
     assert controller.steps == 5
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Shares the groups of another optimizer, and lets it step, as SAM and Lookahead do."""
+
+    def __init__(self, base):
+        self.base = base
+        super().__init__(base.param_groups, {})
+        self.param_groups = base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def halves(model):
+    return [torch.optim.SGD(part.parameters(), 1e-2) for part in (model[:4], model[4:])]
+
+
+OPTIMIZERS = {
+    "one for each half": halves,
+    "one within another": lambda model: [Wrapper(torch.optim.SGD(model.parameters(), 1e-2))],
+    "a step within a step": lambda model: [CallsItsParent(model.parameters(), 1e-2)],
+}
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_steps_of_sparse_layers_are_longer_whoever_makes_them(build):
+    ends = []
+    for make in (lambda model: [torch.optim.SGD(model.parameters(), 1e-2)], build):
+        torch.manual_seed(0)
+        model = toys.plain_sr()
+        controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10, interval=10)
+        toys.train(model, torch.optim.SGD(model.parameters(), 1e-2), 10)
+        assert controller.sparsity > 0.7
+        optimizers = make(model)
+        for step in range(5):
+            model.zero_grad()
+            model(torch.rand(2, 3, 8, 8, generator=torch.manual_seed(step))).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert controller.steps == 15
+        ends.append(dict(model.state_dict()))
+    assert toys.states_equal(*ends)
+
+
+def test_a_failed_step_lengthens_nothing_that_follows():
+    def failing_closure() -> float:
+        raise RuntimeError("no data")
+
+    ends = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = toys.plain_sr()
+        controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10, interval=10)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        toys.train(model, optimizer, 11)
+        good = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            model[2].raw_weight.add_(1)  # as if the training had diverged
+        if fails:
+            with pytest.raises(RuntimeError, match="no data"):
+                optimizer.step(failing_closure)
+        model.load_state_dict(good)
+        toys.train(model, optimizer, 3, seed=1)
+        assert controller.steps == 14
+        ends.append(dict(model.state_dict()))
+    assert toys.states_equal(*ends)
 
 
 def test_steps_count_where_the_first_layer_is_frozen():

@@ -13,6 +13,7 @@ from torch import nn
 
 import iks_plugin
 import toys
+from iks_plugin import IksError
 
 
 def halved() -> nn.Module:
@@ -100,6 +101,13 @@ def test_plot_without_matplotlib_says_what_to_install():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == 'drawing needs matplotlib: pip install "iks-plugin[plot]"'
+
+
+def test_a_model_without_values_has_no_report():
+    with torch.device("meta"):
+        model = toys.plain_sr()
+    with pytest.raises(IksError, match="on the meta device, where weights have no values: load them before a report"):
+        iks_plugin.report(model)
 
 
 def test_compiled_and_wrapped_models_have_reports():

@@ -183,6 +183,26 @@ def test_a_training_that_met_its_target_is_not_warned_of():
         iks_plugin.finalize(model)
 
 
+def test_a_target_below_the_zeros_that_were_there_before_is_warned_of_as_such():
+    model = trained(0.8)
+    iks_plugin.finalize(model)
+    iks_plugin.sparsify(model, 0.5, ramp_steps=1)
+    with pytest.warns(IksWarning) as caught:
+        iks_plugin.finalize(model)
+    (said,) = [str(warning.message) for warning in caught]
+    assert "more weights are zero than the target asks for: they were zero before the gate" in said
+
+
+def test_a_packed_model_is_not_rewritten():
+    model = trained(0.8)
+    iks_plugin.finalize(model)
+    model.append(nn.Conv2d(16, 16, 3))
+    iks_plugin.pack(model)
+    with pytest.raises(IksError, match=r"the model is packed: call iks_plugin.unpack\(model\) before sparsify"):
+        iks_plugin.sparsify(model, 0.8)
+    iks_plugin.sparsify(iks_plugin.unpack(model), 0.9)
+
+
 def test_a_model_that_is_not_rewritten_cannot_be_finalized():
     model = toys.plain_sr()
     for _ in range(2):

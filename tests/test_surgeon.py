@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 import iks_plugin
 import toys
-from iks_plugin import laws, surgeon
+from iks_plugin import IksWarning, laws, surgeon
 from iks_plugin.curvature import CurvatureWatcher, channel_dimension, parts_of, patches_of
 from iks_plugin.layers import Gated, gated_layers
 
@@ -308,6 +310,24 @@ def test_only_training_is_measured() -> None:
     assert set(watcher.found()) == set(layers)
     gradients = {name: known.gradients for name, known in watcher.found().items()}
     assert all(float(gradient.min()) > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("how", ["in eval mode", "input by keyword", "one layer alone", "as it should be"])
+def test_layers_that_cannot_be_measured_are_named_once(how: str) -> None:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8, ramp_steps=10, interval=5)
+    if how == "in eval mode":
+        model.eval()
+    elif how == "input by keyword":
+        model.forward = lambda x: functools.reduce(lambda image, layer: layer(input=image), model, x)  # type: ignore[method-assign]
+    elif how == "one layer alone":
+        model[4].eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", IksWarning)
+        toys.train(model, torch.optim.Adam(model.parameters()), 10)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, IksWarning)]
+    named = {"one layer alone": "1 rewritten layers (4)", "as it should be": None}.get(how, "2 rewritten layers (2, 4)")
+    assert [text.partition(" were trained in eval mode, or")[0] for text in said] == [named] * (named is not None)
 
 
 def test_what_goes_to_fewer_zeros_is_as_good_as_zero_too() -> None:
