@@ -7,7 +7,8 @@ itself or a block that convolves by hand, computes with what the network will be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import IksError
 from .gate import soft_threshold
 from .sizes import Budget
 from .swap import Swapped, original_class, register, swapped_class
@@ -237,6 +239,28 @@ def ungated(layer: Gated) -> Iterator[None]:
         yield
     finally:
         layer.__class__ = sparse
+
+
+_lent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def lent(layers: Collection[nn.Module]) -> Iterator[None]:
+    """While it lasts, `layers` have lent out their gates and must be left as they are: see `refuse_lent`."""
+    _lent.update(layers)
+    try:
+        yield
+    finally:
+        _lent.difference_update(layers)
+
+
+def refuse_lent(model: nn.Module, action: str) -> None:
+    """Raise an `IksError` if `model` is within `finalized`, as what `action` does could not be undone afterwards."""
+    if any(module in _lent for module in model.modules()):
+        raise IksError(
+            f"the model is finalized for a while alone (with iks_plugin.finalized): {action} a copy.deepcopy of it, or "
+            "the model itself after iks_plugin.finalize"
+        )
 
 
 def gated_layers(model: nn.Module) -> dict[str, Gated]:

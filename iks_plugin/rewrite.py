@@ -20,7 +20,17 @@ from .budget import first_sparsity_for, sparsity_for
 from .control import SparsityController, controllers_of
 from .errors import IksError, IksWarning, OptionError
 from .laws import count_for, project
-from .layers import Gated, GateSettings, Goal, gated_layers, new_threshold, open_gate, remove_gate
+from .layers import (
+    Gated,
+    GateSettings,
+    Goal,
+    gated_layers,
+    lent,
+    new_threshold,
+    open_gate,
+    refuse_lent,
+    remove_gate,
+)
 from .measure import all_shifts, count_weights, unique, zeros_in
 from .options import Options, check_sparsity
 from .runtime import is_packed
@@ -120,6 +130,7 @@ def sparsify(
             raise IksError(
                 "the model is packed: call iks_plugin.unpack(model) before sparsify, which trains dense weights"
             )
+        refuse_lent(model, "sparsify")
         orphans = gated_layers(model)
         if orphans and not controllers_of(orphans.values()):
             return _adopt(model, orphans, options)
@@ -264,7 +275,7 @@ def finalized(model: nn.Module, target_sparsity: float | None = None) -> Iterato
             score = validate(model)                      # of what has just been saved
 
     The module and parameter objects stay the same ones, so it works within any wrapper and beside any optimizer. What
-    is loaded into the model meanwhile is lost, and it must not be trained.
+    is loaded into the model meanwhile is lost, and it must not be trained; `pack` and `sparsify` take only a copy.
 
     Args:
         model: as for `finalize`, a copy such as an EMA model too.
@@ -284,7 +295,8 @@ def finalized(model: nn.Module, target_sparsity: float | None = None) -> Iterato
         for layer in layers.values():
             remove_gate(layer)
         _forget_compiled_graphs()
-        yield model
+        with lent(layers.values()):
+            yield model
     finally:
         for layer, threshold, settings in gates:
             if not isinstance(layer, Gated):

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from . import compiled, entries
 from .entries import SparseWeight
 from .errors import IksError
-from .layers import SUPPORTED_TYPES, Gated
+from .layers import SUPPORTED_TYPES, Gated, refuse_lent
 from .selection import written_by_blocks
 from .swap import Swapped, original_class, swapped_class
 
@@ -342,8 +342,9 @@ def packable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of `model` that can be packed, by name: plain ones with a weight that nothing else writes or shares.
 
     Raises:
-        IksError: the model has gates.
+        IksError: the model has gates, if only for a while none.
     """
+    refuse_lent(model, "pack")
     written = written_by_blocks(model.modules())
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

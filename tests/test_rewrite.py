@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -281,6 +282,23 @@ def test_finalized_gives_the_gates_back_after_an_error():
         raise ZeroDivisionError
     assert toys.states_equal(dict(model.state_dict()), before)
     assert len(gated_layers(model)) == 2
+
+
+@pytest.mark.parametrize(
+    ("action", "use"),
+    [("pack", iks_plugin.pack), ("sparsify", lambda model: iks_plugin.sparsify(model, 0.9)), ("pack", "load")],
+)
+def test_what_is_finalized_for_a_while_is_packed_and_rewritten_as_a_copy(action, use, tmp_path):
+    model = trained(0.8)
+    iks_plugin.save(model, tmp_path / "m.iks")
+    if use == "load":
+        use = functools.partial(iks_plugin.load, tmp_path / "m.iks", packed=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with iks_plugin.finalized(model):
+        with pytest.raises(IksError, match=f"finalized for a while alone .*: {action} a copy.deepcopy of it"):
+            use(model)
+        use(copy.deepcopy(model))
+    assert toys.states_equal(dict(model.state_dict()), before)
 
 
 def test_finalized_keeps_the_memory_format():
