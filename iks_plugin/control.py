@@ -62,7 +62,7 @@ class SparsityController:
         self._measure_if_due()
         for layer in layers.values():
             _controllers[layer] = self
-            weakref.finalize(layer, self._stop_if_alone)
+            weakref.finalize(layer, self._lose_a_layer)
 
     @property
     def steps(self) -> int:
@@ -197,10 +197,11 @@ class SparsityController:
             self._warned_of_missed_layers = True
             names = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
             warnings.warn(
-                f"{len(missed)} rewritten layers ({names}) were trained in eval mode, or got their input by keyword: "
-                'the law "obs" cannot measure what the loss needs of them, and their weights go by magnitude alone. '
-                "Call model.train() before the training (and eval() on normalisation layers alone, where their "
-                "statistics are to stay), and pass inputs by position",
+                f"{len(missed)} rewritten layers ({names}) were trained in eval mode, got their input by keyword, or "
+                'change it or their output by themselves: the law "obs" cannot measure what the loss needs of them, '
+                "and their weights go by magnitude alone. Where it is one of the first two, call model.train() before "
+                "the training (and eval() on normalisation layers alone, where their statistics are to stay), and "
+                "pass inputs by position",
                 IksWarning,
                 stacklevel=5,
             )
@@ -211,7 +212,11 @@ class SparsityController:
         self._curvature.stop()
         self._watched_a_step = False
 
-    def _stop_if_alone(self) -> None:
+    def _lose_a_layer(self) -> None:
+        """A layer is gone: alone or, if the model lives on, replaced. Copies count over the same weights then."""
+        gated = self._gated_left()
+        if gated and self._model() is not None:
+            self._goal.weights = count_weights(gated.values())
         if not self._layers_left():
             self._watcher.stop()
             self._curvature.stop()
@@ -304,7 +309,7 @@ class SparsityController:
 
     def _refuse_other_layers(self, state: dict[str, Any]) -> None:
         factors, measured = state["update_factors"], state["measured"]
-        known = self._layers.keys()
+        known = self._layers_left().keys()
         fits = (
             (factors is None or (isinstance(factors, dict) and factors.keys() == known))
             and all(isinstance(factor, float) and 1 <= factor < math.inf for factor in (factors or {}).values())
@@ -353,10 +358,6 @@ class SparsityController:
     def _change_thresholds(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self._gated().values():
             change(layer.threshold)
-
-    def layers_left(self) -> list[Gated]:
-        """The layers that it drives, without those that are gone or finalized."""
-        return list(self._gated_left().values())
 
     def _gated_left(self) -> dict[str, Gated]:
         return {name: layer for name, layer in self._layers_left().items() if isinstance(layer, Gated)}

@@ -63,7 +63,7 @@ class CurvatureWatcher:
             self._missed.clear()
             self._names = {id(layer): name for name, layer in self._layers().items()}
             self._handle = nn.modules.module.register_module_forward_hook(self._on_forward)
-            eager.hold(self)
+        eager.hold(self)  # again, as torch.compile may have come up meanwhile
 
     def stop(self) -> None:
         if self._handle is not None:
@@ -75,9 +75,11 @@ class CurvatureWatcher:
         """What this process has measured so far, on the CPU; empty while it is switched off."""
         if self._handle is None:
             return {}
+        left = self._layers()
         return {
             name: [inputs.cpu().clone(), gradients.cpu().clone(), torch.tensor(count)]
             for name, (inputs, gradients, count) in self._means.items()
+            if name in left
         }
 
     def resume(self, unfinished: Mapping[str, Sequence[Tensor]]) -> None:
@@ -103,7 +105,7 @@ class CurvatureWatcher:
         return {name: found[name] for name in sorted(everywhere)}
 
     def missed(self) -> list[str]:
-        """Layers that had gradients to pass on but could not be measured: in eval mode, or their input by keyword."""
+        """Layers that had gradients to pass on but could not be measured, as in eval mode."""
         return sorted(self._missed - self._means.keys())
 
     def _on_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -112,7 +114,7 @@ class CurvatureWatcher:
             return
         if not isinstance(output, Tensor) or not output.requires_grad or not output.numel():
             return
-        if not module.training or not arguments or not isinstance(arguments[0], Tensor):
+        if not module.training or not arguments or not _is_of_its_kind(module, arguments[0], output):
             self._missed.add(name)
             return
         image, shape = arguments[0].detach(), output.shape
@@ -149,6 +151,30 @@ def channel_dimension(layer: nn.Module) -> int:
 
 def _kind(layer: nn.Module) -> type[nn.Module]:
     return next((kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, kind)), nn.Module)
+
+
+def _is_of_its_kind(layer: nn.Module, image: object, output: Tensor) -> bool:
+    """Whether a layer makes an output of `image` as its kind does, by their shapes: a subclass may change either."""
+    kind = _kind(layer)
+    if kind is nn.Module or not isinstance(image, Tensor):
+        return isinstance(image, Tensor)
+    inputs = _inputs_and_taps(layer)[0] * getattr(layer, "groups", 1)
+    outputs = layer._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    channel = channel_dimension(layer)
+    if output.ndim != image.ndim or image.ndim < -channel or output.shape[:channel] != image.shape[:channel]:
+        return False
+    if image.shape[channel] != inputs or output.shape[channel] != outputs:
+        return False
+    if kind is nn.Linear:
+        return True
+    conv: Any = layer
+    padding = conv._reversed_padding_repeated_twice[::-1]
+    geometry = zip(conv.kernel_size, conv.stride, conv.dilation, padding[1::2], padding[::2], strict=True)
+    sides = [
+        (side + before + after - dilation * (kernel - 1) - 1) // stride + 1
+        for side, (kernel, stride, dilation, before, after) in zip(image.shape[channel + 1 :], geometry, strict=True)
+    ]
+    return list(output.shape[channel + 1 :]) == sides
 
 
 def _pixels(layer: nn.Module, shape: torch.Size) -> float:

@@ -18,7 +18,7 @@ def hold(holder: object) -> None:
     """
     global _stance
     can_choose = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
-    if not _holders and can_choose:  # where nothing has been compiled, it would take a second to import
+    if _stance is None and can_choose:  # where nothing has been compiled, it would take a second to import
         _stance = torch.compiler.set_stance("force_eager")
     _holders.add(id(holder))
 

@@ -217,9 +217,12 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
     with torch.no_grad():
         for layer, weight in projected.items():
             layer.raw_weight.copy_(weight)
+    by_goal: dict[Goal, list[Tensor]] = {}
+    for layer, weight in projected.items():
+        by_goal.setdefault(layer._iks.goal, []).append(weight)
     for layer in layers.values():
         goal = layer._iks.goal
-        met = goal.target_sparsity if goal.budget is None else zeros_in(projected.values()) / goal.weights
+        met = goal.target_sparsity if goal.budget is None else zeros_in(by_goal[goal]) / goal.weights
         layer.__dict__[TRAINED_FOR] = met if target is None else target
         remove_gate(layer)
     _forget_compiled_graphs()
@@ -334,18 +337,11 @@ def projected_weights(
     for goal, members in by_goal.items():
         target = goal.target_sparsity if target_sparsity is None else target_sparsity
         weights = count_weights(members.values())
-        if weights != goal.weights and not _is_all_that_is_left(members.values()):
+        if weights != goal.weights:
             raise IksError(
                 f"this is only a part of a rewritten model ({weights:,} of {goal.weights:,} weights), and the target "
                 "counts over all of it: finalize the whole. Where layers were replaced since sparsify, delete what "
                 "still refers to the old ones first"
-            )
-        if warn and weights != goal.weights:
-            warnings.warn(
-                f"layers with {goal.weights - weights:,} weights are gone since sparsify: the target counts over the "
-                f"{weights:,} weights of those that are left",
-                IksWarning,
-                stacklevel=4,  # past no_grad's wrapper, to the caller of finalize
             )
         if goal.budget is not None and target_sparsity is None:
             target = sparsity_for(model, members, goal.budget, guess=goal.target_sparsity, trains_on=False)
@@ -360,13 +356,6 @@ def projected_weights(
             _warn_if_far(zeros_in(gated), zeros_in(projected), zeros, shifts.numel())
         result.update(zip(members.values(), projected, strict=True))
     return result
-
-
-def _is_all_that_is_left(layers: Iterable[Gated]) -> bool:
-    """Whether no other layer lives that was rewritten together with `layers`, as the others were replaced."""
-    here = {id(layer.raw_weight) for layer in layers}
-    left = [layer for controller in controllers_of(layers) for layer in controller.layers_left()]
-    return bool(left) and all(id(layer.raw_weight) in here for layer in left)
 
 
 def _warn_if_far(trained: int, met: int, zeros: int, weights: int) -> None:

@@ -265,6 +265,7 @@ def test_a_model_whose_layers_were_all_replaced_does_not_disturb_others():
 def test_the_target_counts_over_the_layers_that_are_left():
     model = toys.plain_sr()
     controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    copied_before = copy.deepcopy(model)
     old = model[4]
     model[4] = nn.Conv2d(16, 16, 3, padding=1)
     toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 10)
@@ -272,13 +273,24 @@ def test_the_target_counts_over_the_layers_that_are_left():
         iks_plugin.finalize(model)
     del old
     gc.collect()
-    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 10)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 15)
     assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
-    with pytest.warns(
-        iks_plugin.IksWarning, match="layers with 2,304 weights are gone since sparsify: .* over the 2,304 weights"
-    ):
-        iks_plugin.finalize(model)
-    assert int((model[2].weight == 0).sum()) == round(0.8 * 2304)
+    controller.load_state_dict(controller.state_dict())
+    for each in (copy.deepcopy(model), model):
+        iks_plugin.finalize(each)
+        assert int((each[2].weight == 0).sum()) == round(0.8 * 2304)
+    with pytest.raises(IksError, match="only a part"):
+        iks_plugin.finalize(copied_before)
+
+
+def test_a_copy_that_outlives_its_original_keeps_its_goal():
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8)
+    copied = copy.deepcopy(model)
+    del model
+    gc.collect()
+    iks_plugin.finalize(copied)
+    assert iks_plugin.report(copied).zeros == round(0.8 * 4608)
 
 
 def test_a_model_whose_layers_were_replaced_lets_other_optimizers_step():

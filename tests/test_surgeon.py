@@ -312,6 +312,52 @@ def test_only_training_is_measured() -> None:
     assert all(float(gradient.min()) > 0 for gradient in gradients.values())
 
 
+class WithPosition(nn.Conv2d):
+    """Sees where it is, too (CoordConv): concatenates before it convolves."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(torch.cat([image, torch.ones_like(image[:, :1])], 1))
+
+
+class Shuffled(nn.Conv2d):
+    """Rearranges what it has made."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(super().forward(image), 2)
+
+
+class ChannelsLast(nn.Conv2d):
+    """Makes (N, H, W, C)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image).permute(0, 2, 3, 1)
+
+
+class ChannelsFirst(nn.Linear):
+    """Takes (N, H, W, C)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "back"),
+    [
+        (WithPosition(17, 16, 3, padding=1), nn.Identity()),
+        (Shuffled(16, 64, 3, padding=1), nn.AvgPool2d(2)),
+        (ChannelsLast(16, 12, 3, padding=1), ChannelsFirst(12, 16)),
+    ],
+    ids=["input", "output", "order of the output"],
+)
+def test_layers_with_a_forward_of_their_own_go_by_magnitude(layer: nn.Module, back: nn.Module) -> None:
+    first, last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+    model = nn.Sequential(first, nn.Conv2d(16, 16, 3, padding=1), layer, back, last)
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10, interval=5)
+    with pytest.warns(IksWarning, match=r"1 rewritten layers \(2\) were trained .* or change it or their output"):
+        toys.train(model, torch.optim.Adam(model.parameters()), 10)
+    assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
 @pytest.mark.parametrize("how", ["in eval mode", "input by keyword", "one layer alone", "as it should be"])
 def test_layers_that_cannot_be_measured_are_named_once(how: str) -> None:
     model = toys.plain_sr()
@@ -327,7 +373,7 @@ def test_layers_that_cannot_be_measured_are_named_once(how: str) -> None:
         toys.train(model, torch.optim.Adam(model.parameters()), 10)
     said = [str(warning.message) for warning in caught if issubclass(warning.category, IksWarning)]
     named = {"one layer alone": "1 rewritten layers (4)", "as it should be": None}.get(how, "2 rewritten layers (2, 4)")
-    assert [text.partition(" were trained in eval mode, or")[0] for text in said] == [named] * (named is not None)
+    assert [text.partition(" were trained in eval mode, got")[0] for text in said] == [named] * (named is not None)
 
 
 def test_what_goes_to_fewer_zeros_is_as_good_as_zero_too() -> None:
