@@ -171,6 +171,7 @@ def _save_whole(original: Callable[..., None], out_dir: str | Path, filename: st
     if "://" in str(out_dir) or not is_main_process():
         original(out_dir, filename, *args, **kwargs)
         return
+    Path(out_dir).mkdir(parents=True, exist_ok=True)  # as MMEngine does, but only when it writes
     with whole_file(Path(out_dir, filename)) as unfinished:
         original(out_dir, unfinished.name, *args, **kwargs)
 
