@@ -114,7 +114,7 @@ class CurvatureWatcher:
             return
         if not isinstance(output, Tensor) or not output.requires_grad or not output.numel():
             return
-        if not module.training or not arguments or not _is_of_its_kind(module, arguments[0], output):
+        if not module.training or not arguments or not isinstance(arguments[0], Tensor):
             self._missed.add(name)
             return
         image, shape = arguments[0].detach(), output.shape
@@ -126,6 +126,9 @@ class CurvatureWatcher:
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     def _measure(self, name: str, layer: nn.Module, image: Tensor, gradient: Tensor, shape: torch.Size) -> None:
+        if not _is_of_its_kind(layer, image, shape):
+            self._missed.add(name)
+            return
         patches = patches_of(layer, image, shape)
         if patches is None:
             return
@@ -153,17 +156,17 @@ def _kind(layer: nn.Module) -> type[nn.Module]:
     return next((kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, kind)), nn.Module)
 
 
-def _is_of_its_kind(layer: nn.Module, image: object, output: Tensor) -> bool:
-    """Whether a layer makes an output of `image` as its kind does, by their shapes: a subclass may change either."""
+def _is_of_its_kind(layer: nn.Module, image: Tensor, output: torch.Size) -> bool:
+    """Whether a layer makes an output of that shape of `image`, as its kind does: a subclass may change either."""
     kind = _kind(layer)
-    if kind is nn.Module or not isinstance(image, Tensor):
-        return isinstance(image, Tensor)
+    if kind is nn.Module:
+        return True
     inputs = _inputs_and_taps(layer)[0] * getattr(layer, "groups", 1)
     outputs = layer._parameters["weight"].shape[0]  # type: ignore[union-attr]
     channel = channel_dimension(layer)
-    if output.ndim != image.ndim or image.ndim < -channel or output.shape[:channel] != image.shape[:channel]:
+    if len(output) != image.ndim or image.ndim < -channel or output[:channel] != image.shape[:channel]:
         return False
-    if image.shape[channel] != inputs or output.shape[channel] != outputs:
+    if image.shape[channel] != inputs or output[channel] != outputs:
         return False
     if kind is nn.Linear:
         return True
@@ -174,7 +177,7 @@ def _is_of_its_kind(layer: nn.Module, image: object, output: Tensor) -> bool:
         (side + before + after - dilation * (kernel - 1) - 1) // stride + 1
         for side, (kernel, stride, dilation, before, after) in zip(image.shape[channel + 1 :], geometry, strict=True)
     ]
-    return list(output.shape[channel + 1 :]) == sides
+    return list(output[channel + 1 :]) == sides
 
 
 def _pixels(layer: nn.Module, shape: torch.Size) -> float:
