@@ -190,7 +190,7 @@ class SparseTraining:
                         f"{saved[key]}"
                     )
             if present["max_bytes"] is None and present["target_sparsity"] != saved["target_sparsity"]:
-                controller.target_sparsity = present["target_sparsity"]  # now, where the ramp is over
+                controller.target_sparsity = present["target_sparsity"]  # in effect from the next action on
 
     # Telling
 
