@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .plan import GivenRows, Plan
 from .presets import PRESETS
 from .report import write_report
 from .results import Measured, Row, read_rows, refuse_other_budget, write_rows
-from .settings import BUDGET_FIELDS, CASE_FIELDS, Budget, Case
+from .settings import CASE_FIELDS, Budget, Case
 from .summary import OURS, summarise
 from .table import RESULTS, locked, make_table
 from .workers import Place
@@ -158,7 +158,7 @@ def _place_and_given_rows(options: argparse.Namespace) -> tuple[Place, GivenRows
         make_method(case.method)
         if case.network not in NETWORKS:
             raise IksError(f"--rows {options.rows}: expected networks of {', '.join(NETWORKS)}, got {case.network}")
-    return _place(options, {name: getattr(rows[0], name) for name in BUDGET_FIELDS}), GivenRows(tuple(cases))
+    return _place(options, asdict(rows[0].budget)), GivenRows(tuple(cases))
 
 
 def _fits(case: Case, option: str, values: Sequence[Any]) -> bool:
