@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from .control import SparsityController
 from .errors import OptionError
-from .options import check_options
+from .laws import schedule_of
+from .options import Options, check_options
 from .quantize import VALUE_DTYPES, check_value_dtype
 
 _OWN_KEYS = ("network", "export")
@@ -31,18 +33,18 @@ class Block:
     options: dict[str, Any]
     export: str | None = None
 
-    def keywords(self, steps: int, length: str) -> dict[str, Any]:
+    def keywords(self, steps: int | None, length: str) -> dict[str, Any]:
         """The keywords of `sparsify` for a training of `steps` optimizer steps.
 
         Args:
-            steps: how many there are in the whole training.
+            steps: how many there are in the whole training; None if that is to be seen, and `schedule` follows.
             length: the framework's option that sets the length of a training, for messages.
 
         Raises:
             OptionError: they do not go together with that length, or with each other.
         """
         wanted = self.options.get("total_steps", steps)
-        if isinstance(wanted, int) and wanted > steps:
+        if steps is not None and isinstance(wanted, int) and wanted > steps:
             raise OptionError(
                 f"total_steps is {wanted}, and the training has {steps} steps: leave it out, and it follows from "
                 f"{length}"
@@ -50,6 +52,14 @@ class Block:
         keywords = {**self.options, "total_steps": wanted}
         check_options(**keywords)
         return keywords
+
+    def schedule(self, steps: int, length: str) -> dict[str, int | None]:
+        """What a controller's state says of the schedule for such a training; for one made before that was known.
+
+        Raises:
+            OptionError: as `keywords` does.
+        """
+        return schedule_of(Options.check(**self.keywords(steps, length)).make_law())
 
 
 def parse_block(content: Any, *, network: str, example: str) -> Block:
@@ -133,3 +143,20 @@ def with_present_goal(saved: Mapping[str, Any], present: Mapping[str, Any]) -> d
     if present["max_bytes"] is not None and all(saved.get(key) == present[key] for key in ("max_bytes", "value_dtype")):
         return dict(saved)
     return {**saved, **{key: present[key] for key in GOAL}}
+
+
+def aim_anew(controller: SparsityController, saved: Mapping[str, Any]) -> None:
+    """Once a resumed network has its weights: move the thresholds if the goal has changed and the ramp is over.
+
+    In a distributed training it takes all processes.
+
+    Args:
+        saved: the controller's state as it was saved.
+    """
+    present = controller.state_dict()
+    if all(present[key] == saved[key] for key in GOAL):
+        return
+    if controller.max_bytes is None:
+        controller.target_sparsity = controller.target_sparsity
+    else:
+        controller.max_bytes = controller.max_bytes

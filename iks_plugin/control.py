@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import laws, surgeon
 from .budget import RESOLVE_STEPS, refuse_idle, sparsity_for
 from .curvature import CurvatureWatcher
-from .errors import IksError, IksWarning
+from .errors import IksError, IksWarning, first_of
 from .layers import Gated, Goal
 from .measure import all_shifts, count_raw_zeros, count_weights, count_zeros, unique
 from .optimizers import OptimizerWatcher
@@ -25,7 +25,6 @@ from .sizes import Budget, check_size
 
 _STATE_VERSION = 1
 _GONE = "the controller's model is gone: keep a reference to the model that was rewritten"
-_LAW_FIELDS = ("total_steps", "ramp_steps", "interval")
 
 _controllers: weakref.WeakKeyDictionary[nn.Module, SparsityController] = weakref.WeakKeyDictionary()
 
@@ -43,13 +42,7 @@ class SparsityController:
         self._goal = goal
         self._granularity = options.granularity
         self._law_name = options.law
-        self._law = laws.make_law(
-            options.law,
-            total_steps=options.total_steps,
-            ramp_steps=options.ramp_steps,
-            epoch_steps=options.epoch_steps,
-            interval=options.interval,
-        )
+        self._law = options.make_law()
         self._steps = 0
         self._start: float | None = None
         self._curvature = CurvatureWatcher(self._gated_left)
@@ -62,7 +55,7 @@ class SparsityController:
         self._measure_if_due()
         for layer in layers.values():
             _controllers[layer] = self
-            weakref.finalize(layer, self._lose_a_layer)
+            weakref.finalize(layer, self._lose_a_layer).atexit = False
 
     @property
     def steps(self) -> int:
@@ -195,13 +188,12 @@ class SparsityController:
         missed = self._curvature.missed()
         if missed and not self._warned_of_missed_layers:
             self._warned_of_missed_layers = True
-            names = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
             warnings.warn(
-                f"{len(missed)} rewritten layers ({names}) were trained in eval mode, got their input by keyword, or "
-                'change it or their output by themselves: the law "obs" cannot measure what the loss needs of them, '
-                "and their weights go by magnitude alone. Where it is one of the first two, call model.train() before "
-                "the training (and eval() on normalisation layers alone, where their statistics are to stay), and "
-                "pass inputs by position",
+                f"{len(missed)} rewritten layers ({first_of(missed)}) were trained in eval mode, got their input by "
+                'keyword, or change it or their output by themselves: the law "obs" cannot measure what the loss needs '
+                "of them, and their weights go by magnitude alone. Where it is one of the first two, call "
+                "model.train() before the training (and eval() on normalisation layers alone, where their statistics "
+                "are to stay), and pass inputs by position",
                 IksWarning,
                 stacklevel=5,
             )
@@ -266,7 +258,7 @@ class SparsityController:
             "start_sparsity": self._start,
             "update_factors": None if self._factors is None else dict(self._factors),
             "measured": self._curvature.unfinished(),
-            **{name: getattr(self._law, name, None) for name in _LAW_FIELDS},
+            **laws.schedule_of(self._law),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,7 +290,7 @@ class SparsityController:
         if state["max_bytes"] is not None:
             dtype = str(check_value_dtype(state["value_dtype"])).removeprefix("torch.")
             budget = Budget(check_size(state["max_bytes"], "max_bytes in the controller state"), dtype)
-        law = type(self._law)(**{name: state[name] for name in _LAW_FIELDS if hasattr(self._law, name)})
+        law = type(self._law)(**{name: state[name] for name in laws.SCHEDULE if hasattr(self._law, name)})
         self._goal.target_sparsity, self._goal.budget = target, budget
         self._law = law
         self._steps = state["steps"]
@@ -332,6 +324,15 @@ class SparsityController:
             "ramp_steps": lambda value: type(value) is int and value >= 1 if has_ramp else value is None,
             "interval": lambda value: type(value) is int and value >= 1,
         }
+
+    def __deepcopy__(self, memo: Any) -> SparsityController:
+        return self  # it drives the model it was made for; a copy of that gets one of its own by sparsify
+
+    def __reduce__(self) -> Any:
+        raise IksError(
+            "a SparsityController cannot be pickled, nor a module that has it as an attribute: keep it outside of the "
+            "module, save controller.state_dict() instead, and where it is loaded call sparsify and load_state_dict"
+        )
 
     def __repr__(self) -> str:
         return (

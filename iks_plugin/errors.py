@@ -1,5 +1,9 @@
 """What the package raises and warns with on purpose."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class IksError(Exception):
     """Root of every exception that iks_plugin raises on purpose."""
@@ -11,3 +15,8 @@ class OptionError(IksError, ValueError):
 
 class IksWarning(UserWarning):
     """Something works, but probably not as its user meant it."""
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first three of `names` for a message, and dots for the others."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

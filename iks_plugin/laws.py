@@ -112,6 +112,8 @@ class PaperLaw:
 
 
 LAWS = ("exact", "obs", "paper")
+SCHEDULE = ("total_steps", "ramp_steps", "interval")
+"""What a law holds; not every law has all of it."""
 
 
 def make_law(
@@ -128,6 +130,11 @@ def make_law(
     if name == "obs":
         return SurgeonLaw(ramp_steps, interval or max(1, ramp_steps // SURGEON_ACTIONS), total_steps)
     return ExactLaw(ramp_steps, interval or EXACT_INTERVAL, total_steps)
+
+
+def schedule_of(law: ExactLaw | PaperLaw) -> dict[str, int | None]:
+    """The lengths that make up `law`, in optimizer steps; None for those it does not know of."""
+    return {name: getattr(law, name, None) for name in SCHEDULE}
 
 
 def critical_shifts(weight: Tensor, threshold: Tensor) -> Tensor:

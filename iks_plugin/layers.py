@@ -63,7 +63,15 @@ class Gated(Swapped):
     def raw_weight(self) -> nn.Parameter:
         """The trained weight before the gate."""
         raw = self._parameters.get("weight")
-        return self.__dict__["weight"] if raw is None else raw
+        if raw is None:
+            raw = self.__dict__.get("weight")
+        if raw is None:
+            raise IksError(
+                f"{type(self).__name__} has lost its parameter weight, as by weight_norm, spectral_norm or another "
+                "parametrization: apply these before sparsify, which then leaves the layer dense, or leave it out: "
+                "sparsify(..., exclude=...)"
+            )
+        return raw
 
     def spread_threshold(self) -> Tensor:
         """The threshold in a shape that broadcasts to the weight's."""

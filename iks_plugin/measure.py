@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .errors import IksError
+from .errors import IksError, first_of
 from .laws import critical_shifts
 from .layers import Gated
 
@@ -57,9 +57,9 @@ def all_shifts(layers: Mapping[str, Gated]) -> Tensor:
     if not torch.isfinite(flat).all():
         bad = [name for name, layer in layers.items() if not _is_finite(layer)]
         raise IksError(
-            f"weights or thresholds of {len(bad)} layers are not finite ({', '.join(bad[:3])}"
-            f"{', ...' if len(bad) > 3 else ''}): expected finite numbers, got nan or inf. No threshold was changed. "
-            "The training has diverged: go back to the last good checkpoint and lower the learning rate"
+            f"weights or thresholds of {len(bad)} layers are not finite ({first_of(bad)}): expected finite numbers, "
+            "got nan or inf. No threshold was changed. The training has diverged: go back to the last good checkpoint "
+            "and lower the learning rate"
         )
     return flat
 

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from .errors import IksError, IksWarning
+from .errors import IksError, IksWarning, first_of
 
 _watchers: weakref.WeakSet[OptimizerWatcher] = weakref.WeakSet()
 _hooks: list[Any] = []
@@ -182,6 +182,29 @@ class OptimizerWatcher:
                 group["params"] = params
 
 
+def groups_without_decay(
+    groups: Iterable[dict[str, Any]], thresholds: Container[int], default: float = 0.0
+) -> list[dict[str, Any]]:
+    """An optimizer's `groups`, where none decays thresholds: those that did are followed by one without decay.
+
+    Args:
+        groups: their "params" are lists.
+        thresholds: the ids of thresholds.
+        default: the weight decay of groups that do not say.
+    """
+    apart: list[dict[str, Any]] = []
+    for group in groups:
+        mine = [p for p in group["params"] if id(p) in thresholds]
+        if mine and group.get("weight_decay", default):
+            others = [p for p in group["params"] if id(p) not in thresholds]
+            if others:
+                apart.append({**group, "params": others})
+            apart.append({**group, "params": mine, "weight_decay": 0.0})
+        else:
+            apart.append(group)
+    return apart
+
+
 def _keep_hooks_through_compile() -> None:
     """Let step hooks outlive `torch.compile`, which in torch 2.1 and 2.2 strips them off every optimizer class.
 
@@ -208,11 +231,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _stale_message(optimizer: Optimizer, stale: list[str]) -> str:
-    names = ", ".join(name or "the model itself" for name in stale[:3]) + (", ..." if len(stale) > 3 else "")
     return (
         f"{type(optimizer).__name__} holds the weights but not the thresholds of {len(stale)} rewritten layers "
-        f"({names}): it was built before sparsify, or the thresholds were left out or given to another optimizer. "
-        "Build it after sparsify, with both of each layer, from model.parameters() or controller.param_groups(). Or, "
-        "where no optimizer holds thresholds yet, add them: "
+        f"({first_of([name or 'the model itself' for name in stale])}): it was built before sparsify, or the "
+        "thresholds were left out or given to another optimizer. Build it after sparsify, with both of each layer, "
+        "from model.parameters() or controller.param_groups(). Or, where no optimizer holds thresholds yet, add them: "
         "optimizer.add_param_group(controller.param_groups()[1]). Nothing has been changed by this step"
     )

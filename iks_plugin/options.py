@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
-from .laws import LAWS, PAPER_EPOCHS
+from .laws import LAWS, PAPER_EPOCHS, ExactLaw, PaperLaw, make_law
 from .layers import CONVOLUTIONS, GRANULARITIES, SUPPORTED_TYPES
 from .quantize import check_value_dtype
 from .sizes import Budget, check_size
@@ -108,6 +108,16 @@ class Options:
             law=law,
             threshold_init=_check_threshold_init(threshold_init),
             **counts,
+        )
+
+    def make_law(self) -> ExactLaw | PaperLaw:
+        """The law with these lengths, and its defaults for those that are not given."""
+        return make_law(
+            self.law,
+            total_steps=self.total_steps,
+            ramp_steps=self.ramp_steps,
+            epoch_steps=self.epoch_steps,
+            interval=self.interval,
         )
 
 

@@ -71,6 +71,22 @@ env_cfg = dict(dist_cfg=dict(backend="gloo"))
 """
 
 
+def epochs(count: int, batch_size: int = 2, accumulated: int = 1, folder: str | None = None) -> str:
+    """Text at the end of a config that makes its training one of `count` epochs, with a checkpoint after each.
+
+    Args:
+        folder: of the training images, in place of the config's.
+    """
+    images = "images" if folder is None else f"{{**images, 'data_root': {folder!r}}}"
+    return f"""
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs={count})
+train_dataloader = dict(num_workers=0, batch_size={batch_size}, sampler=dict(type="DefaultSampler"),
+                        dataset=dict(pipeline=train_pipeline, **{images}))
+optim_wrapper = dict(accumulative_counts={accumulated}, optimizer=dict(lr=1e-3))
+default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True, out_dir=None, save_best=None))
+"""
+
+
 def write_config(
     folder: Path, iks: Any = "dict(target_sparsity=0.9)", more: str = "", parent: str = PARENT, name: str = "config.py"
 ) -> Path:

@@ -356,6 +356,20 @@ def test_a_new_target_in_the_option_file_replaces_that_of_the_state(tmp_path):
         assert zeros == round(0.5 * weights)
 
 
+@pytest.mark.parametrize("goal", [{"target_sparsity": 0.5}, {"max_bytes": 12000}], ids=lambda goal: next(iter(goal)))
+def test_a_new_goal_after_the_ramp_is_taken_up_at_once(goal, tmp_path):
+    schedule = {"ramp_steps": 10, "interval": 1000}
+    opt = prepared(tmp_path, "SRModel")
+    opt["iks"] = {"target_sparsity": 0.9, **schedule}
+    toys.train(opt, tmp_path)
+    opt["iks"] = {**goal, **schedule}
+    opt["train"]["total_iter"] = 30
+    log = toys.train(opt, tmp_path, "--auto_resume")
+    reached = re.search(r"resumed after 20 steps, at a sparsity of (\S+)", log)
+    assert reached is not None and 0.1 < float(reached[1]) < 0.8
+    assert "training ended at" not in log and "on its way" not in log
+
+
 def test_the_command_line_changes_the_block_as_any_other(tmp_path):
     opt = prepared(tmp_path, "SRModel")
     toys.train(opt, tmp_path, "--force_yml", "iks:target_sparsity=0.25", "train:total_iter=12")

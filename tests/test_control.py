@@ -336,6 +336,17 @@ def test_a_copy_gets_a_controller_of_its_own_by_sparsify(copied):
     iks_plugin.finalize(other)
 
 
+def test_a_module_may_hold_its_controller_but_not_be_pickled_with_it():
+    model = toys.plain_sr()
+    model.controller = controller = iks_plugin.sparsify(model, 0.8, ramp_steps=10)
+    copied = copy.deepcopy(model)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 12)
+    assert copied.controller is controller and controller.steps == 12
+    assert iks_plugin.report(copied).sparsity == 0 and controller.sparsity == pytest.approx(0.8, abs=1e-3)
+    with pytest.raises(IksError, match=r"cannot be pickled.*save controller.state_dict\(\) instead"):
+        pickle.dumps(model)
+
+
 def test_a_copy_is_not_adopted_with_another_granularity():
     model = toys.plain_sr()
     iks_plugin.sparsify(model, 0.8, granularity="kernel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import iks_plugin
 import toys
+from iks_plugin import IksError
 from iks_plugin.gate import soft_threshold
 from iks_plugin.layers import SUPPORTED_TYPES, Gated, gated_layers, ungated
 
@@ -243,3 +245,17 @@ def test_compiles_in_one_graph(backend):
 
 def test_repr_names_the_granularity():
     assert "granularity='kernel'" in repr(rewritten(nn.Conv2d(8, 8, 3), granularity="kernel"))
+
+
+PARAMETRIZATIONS: dict[str, Callable[[nn.Module], object]] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "another": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("parametrize", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
+def test_a_parametrization_of_a_rewritten_layer_says_what_to_do(parametrize):
+    layer = rewritten(nn.Conv2d(8, 8, 3))
+    with pytest.raises(IksError, match="SparseConv2d has lost its parameter weight.*apply these before sparsify"):
+        parametrize(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -75,16 +76,17 @@ model = dict(
 @pytest.mark.parametrize(("max_epochs", "batch_size", "accumulated", "steps"), [(5, 2, 1, 10), (3, 1, 2, 6)])
 def test_epochs_count_as_their_steps(max_epochs, batch_size, accumulated, steps, tmp_path):
     write_images(tmp_path, 4)
-    more = f"""
-train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs={max_epochs})
-train_dataloader = dict(num_workers=0, batch_size={batch_size}, sampler=dict(type="DefaultSampler"),
-                        dataset=dict(pipeline=train_pipeline, **images))
-optim_wrapper = dict(accumulative_counts={accumulated}, optimizer=dict(lr=1e-3))
-default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True, out_dir=None, save_best=None))
-"""
-    toys.run(toys.write_config(tmp_path, more=more))
+    toys.run(toys.write_config(tmp_path, more=toys.epochs(max_epochs, batch_size, accumulated)))
     controller = toys.saved(tmp_path, f"epoch_{max_epochs}.pth")["iks"]["controllers"]["generator"]
     assert controller["total_steps"] == controller["steps"] == steps
+    assert controller["ramp_steps"] == round(0.6 * steps)
+
+
+def test_a_schedule_longer_than_the_epochs_is_refused(tmp_path):
+    write_images(tmp_path, 4)
+    config = toys.write_config(tmp_path, "dict(target_sparsity=0.9, total_steps=50)", toys.epochs(3))
+    with pytest.raises(OptionError, match="config key iks: total_steps is 50, and the training has 6 steps"):
+        toys.run(config)
 
 
 def trained(folder: Path, iks: str | None) -> Path:
@@ -148,6 +150,17 @@ def test_a_new_target_in_the_config_replaces_that_of_the_checkpoint(tmp_path):
     kernels = [state[f"generator.{name}.weight"] for name in ("body.0.conv1", "body.0.conv2", "conv_after_body")]
     kernels.append(state["generator.upsample.0.upsample_conv.weight"])
     assert sum(int((kernel == 0).sum()) for kernel in kernels) == round(0.5 * sum(k.numel() for k in kernels))
+
+
+@pytest.mark.parametrize("goal", ["target_sparsity=0.5", "max_bytes=12000"])
+def test_a_new_goal_after_the_ramp_is_taken_up_at_once(goal, tmp_path):
+    trained(tmp_path, "dict(target_sparsity=0.9, ramp_steps=10, interval=1000)")
+    config = toys.write_config(tmp_path, f"dict({goal}, ramp_steps=10, interval=1000)")
+    toys.run(config, resume=True, train_cfg__max_iters=40)
+    log = toys.log_of(tmp_path)
+    reached = [float(value) for value in re.findall(r"Iter\(train\).*sparsity: (\S+)", log)]
+    wanted = toys.saved(tmp_path, "iter_40.pth")["iks"]["controllers"]["generator"]["target_sparsity"]
+    assert 0.1 < wanted < 0.8 and reached == [pytest.approx(wanted, abs=0.01)] * 4 and "training ended at" not in log
 
 
 def test_a_training_that_misses_its_target_says_so(tmp_path):

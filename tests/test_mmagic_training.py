@@ -12,6 +12,10 @@ import pytest
 
 pytest.importorskip("mmagic")
 
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+import iks_plugin
 import mmagic_toys as toys
 from basicsr_toys import assert_same, write_images
 from iks_plugin import IksWarning
@@ -98,6 +102,30 @@ def test_a_config_with_the_entry_tests_as_well(tmp_path):
     assert ours == untouched > 5
 
 
+def test_a_config_of_epochs_tests_without_training_data(tmp_path):
+    write_images(tmp_path, 4)
+    toys.run(toys.write_config(tmp_path, more=toys.epochs(2)))
+    config = toys.write_config(tmp_path, more=toys.epochs(2, folder="not/there"))
+    runner = toys.run(config, "test", load_from=str(tmp_path / "work" / "epoch_2.pth"))
+    assert runner.message_hub.get_scalar("test/PSNR").current() > 5
+    assert runner.message_hub.get_scalar("test/sparsity").current() == 3629 / 4032
+
+
+def test_logs_of_epochs_tell_the_sparsity_of_their_iteration(tmp_path):
+    write_images(tmp_path, 14)
+    noted: list[float] = []
+
+    @HOOKS.register_module(name="NoteSparsity", force=True)
+    class NoteSparsity(Hook):
+        def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+            noted.append(iks_plugin.report(runner.model.generator).sparsity)
+
+    more = "default_hooks['logger'] = dict(interval=5)\ncustom_hooks = [dict(type='NoteSparsity')]"
+    toys.run(toys.write_config(tmp_path, more=toys.epochs(3) + more))
+    logged = re.findall(r"\(train\).*sparsity: (\S+)", toys.log_of(tmp_path))
+    assert logged == [f"{noted[iteration - 1]:.4f}" for iteration in (5, 7 + 5, 14 + 5)]
+
+
 def test_configs_without_the_entry_train_as_ever(tmp_path):
     """Against MMagic in a process that has never seen the plug-in."""
     write_images(tmp_path, 4)
@@ -143,6 +171,24 @@ def test_weight_decay_leaves_thresholds_alone(tmp_path):
     for group in runner.optim_wrapper.optimizer.param_groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0 if names[id(parameter)].endswith("threshold") else 0.1)
+
+
+def test_learning_rates_of_parts_reach_their_thresholds(tmp_path):
+    write_images(tmp_path, 4)
+    keys = "{'generator': dict(lr_mult=0.5), 'body.0.conv1': dict(lr_mult=0.1), 'upsample': dict(decay_mult=3.0)}"
+    more = f"""
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.1), paramwise_cfg=dict(custom_keys={keys}))
+"""
+    runner = toys.run(toys.write_config(tmp_path, more=more))
+    names = {id(parameter): name for name, parameter in runner.model.named_parameters()}
+    groups = {names[id(p)]: group for group in runner.optim_wrapper.optimizer.param_groups for p in group["params"]}
+    assert groups["generator.body.0.conv1.weight"]["initial_lr"] == pytest.approx(1e-4)
+    thresholds = [name for name in groups if name.endswith("threshold")]
+    assert len(thresholds) == 4 and "generator.upsample.0.upsample_conv.threshold" in thresholds
+    for name in thresholds:
+        weight, threshold = groups[name.replace("threshold", "weight")], groups[name]
+        assert threshold["lr"] == weight["lr"] and (weight["weight_decay"], threshold["weight_decay"]) > (0, 0)
+        assert threshold["weight_decay"] == 0
 
 
 def test_initialisation_is_not_lost_in_the_gates(tmp_path):

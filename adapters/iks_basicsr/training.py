@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 import iks_plugin
 from iks_plugin import IksError, SparsityController
-from iks_plugin.block import Block, with_present_goal
+from iks_plugin.block import Block, aim_anew, with_present_goal
 from iks_plugin.export import export_beside
 from iks_plugin.files import remove_unfinished
+from iks_plugin.laws import SCHEDULE
+from iks_plugin.optimizers import groups_without_decay
 
 from .block import optimizer_steps
 from .export import preferred
@@ -30,7 +32,6 @@ _FAR = 0.01
 """From this distance to the target on, a log line says where the training stands."""
 _ITERATIONS_WATCHED = 200
 """After so many, the adapter has seen how many steps of the optimizer an iteration makes."""
-_SCHEDULE = ("total_steps", "ramp_steps", "interval")
 
 Original = Callable[..., Any]
 
@@ -88,17 +89,9 @@ class SparseTraining:
         """Put thresholds into groups of their own where there is weight decay, which must not touch them."""
         given = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        thresholds = self._networks.thresholds()
-        split: list[dict[str, Any]] = []
-        for group in groups:
-            members = list(group["params"])
-            mine = [p for p in members if id(p) in thresholds]
-            if mine and group.get("weight_decay", kwargs.get("weight_decay")):
-                others = [p for p in members if id(p) not in thresholds]
-                split += [{**group, "params": others}, {**group, "params": mine, "weight_decay": 0.0}]
-            else:
-                split.append({**group, "params": members})
-        return original(optim_type, given if len(split) == len(groups) else split, *args, **kwargs)
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        groups = groups_without_decay(groups, self._networks.thresholds(), kwargs.get("weight_decay", 0.0))
+        return original(optim_type, groups, *args, **kwargs)
 
     # Loading and resuming
 
@@ -150,10 +143,13 @@ class SparseTraining:
     def _restore(
         self, attribute: str, net: nn.Module, controller: SparsityController | None, saved: dict[str, Any]
     ) -> None:
+        progress = saved["controller"]
         try:
-            if controller is not None and saved["controller"] is not None:
-                self._restore_controller(attribute, controller, saved["controller"])
+            if controller is not None and progress is not None:
+                self._restore_controller(attribute, controller, progress)
             net.load_state_dict(saved["network"])
+            if controller is not None and progress is not None:
+                aim_anew(controller, progress)
         except (IksError, RuntimeError) as error:
             raise IksError(
                 f"the training state does not fit {attribute} as the option file describes it: {error}"
@@ -162,7 +158,7 @@ class SparseTraining:
     def _restore_controller(self, attribute: str, controller: SparsityController, saved: dict[str, Any]) -> None:
         """Take up the saved progress; what the option file says of target and schedule goes before what was saved."""
         present = controller.state_dict()
-        schedule = _SCHEDULE if set(_SCHEDULE) & set(self._block.options) else ()
+        schedule = SCHEDULE if set(SCHEDULE) & set(self._block.options) else ()
         state = {**with_present_goal(saved, present), **{name: present[name] for name in schedule}}
         for name, value in state.items():
             if saved.get(name) != value:

@@ -27,10 +27,13 @@ class FirstHook(Hook):  # type: ignore[misc]  # MMEngine has no types
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         self._training.load(checkpoint)
 
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self._training.begin_iteration()
+
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        self._training.log_iteration()
+        self._training.log_iteration(batch_idx)
 
     def after_train(self, runner: Any) -> None:
         self._training.end()

@@ -9,18 +9,40 @@ from torch import nn
 from iks_plugin import OptionError
 
 
-def optimizer_steps(runner: Any, model: nn.Module, network: str) -> int:
+def iterations_of(runner: Any) -> int | None:
+    """How many iterations the training has; None if its epochs are counted and their length is yet to be seen.
+
+    An epoch is as long as the training data, which are not there where a checkpoint is only tested.
+
+    Args:
+        runner: MMEngine's runner.
+
+    Raises:
+        OptionError: the config does not say.
+    """
+    loop = runner._train_loop
+    if not isinstance(loop, dict):
+        return int(loop.max_iters)
+    if loop.get("max_iters"):
+        return int(loop["max_iters"])
+    if loop.get("max_epochs"):
+        data = runner._train_dataloader
+        return None if isinstance(data, dict) else int(loop["max_epochs"]) * len(data)
+    raise OptionError("config key train_cfg: expected max_iters or max_epochs, from which iks takes its schedule")
+
+
+def optimizer_steps(runner: Any, model: nn.Module, network: str, iterations: int) -> int:
     """Steps of the optimizer of `network`, with gradient accumulation and MMagic's pauses of the generator.
 
     Args:
-        runner: MMEngine's runner, before its train loop is built.
-        model: the model that it has just built.
+        runner: MMEngine's runner, before its optimizers are built.
+        model: the model that it has built.
         network: the network's name in the model.
+        iterations: how many the training has.
 
     Raises:
-        OptionError: the config does not say how long the training is, or the network is never trained.
+        OptionError: the network is never trained.
     """
-    iterations = _iterations(runner)
     if not network.startswith("discriminator") and hasattr(model, "if_run_g"):  # SRGAN and its subclasses
         every, idle = int(model.disc_steps), int(model.disc_init_steps)  # type: ignore[arg-type]
         iterations = -(-iterations // every) + (-min(idle, iterations) // every)
@@ -30,23 +52,6 @@ def optimizer_steps(runner: Any, model: nn.Module, network: str) -> int:
                 f"{idle} iterations (disc_init_steps) and in all but every {every}. one (disc_steps)"
             )
     return -(-iterations // _accumulated(runner.optim_wrapper, network))
-
-
-def _iterations(runner: Any) -> int:
-    loop = runner._train_loop
-    if not isinstance(loop, dict):
-        return int(loop.max_iters)
-    if loop.get("max_iters"):
-        return int(loop["max_iters"])
-    if loop.get("max_epochs"):
-        if isinstance(runner._train_dataloader, dict):  # as the train loop would build it
-            runner._train_dataloader = runner.build_dataloader(
-                runner._train_dataloader,
-                seed=runner.seed,
-                diff_rank_seed=runner._randomness_cfg.get("diff_rank_seed", False),
-            )
-        return int(loop["max_epochs"]) * len(runner._train_dataloader)
-    raise OptionError("config key train_cfg: expected max_iters or max_epochs, from which iks takes its schedule")
 
 
 def _accumulated(optim_wrapper: Any, network: str) -> int:

@@ -17,12 +17,13 @@ from torch import nn
 
 import iks_plugin
 from iks_plugin import IksError, OptionError, SparsityController
-from iks_plugin.block import GOAL, Block, with_present_goal
+from iks_plugin.block import GOAL, Block, aim_anew, with_present_goal
+from iks_plugin.optimizers import groups_without_decay
 
 from . import checkpoints, compat
 from .export import CompactFiles
 from .hooks import FirstHook, LastHook
-from .schedule import optimizer_steps
+from .schedule import iterations_of, optimizer_steps
 
 _FAR = 0.01
 """From this distance to the target on, a log line says where the training stands."""
@@ -44,11 +45,16 @@ class SparseTraining:
     def __init__(self, runner: Any, model: nn.Module, block: Block) -> None:
         self._runner = runner
         self._model = model
+        self._block = block
         self._trains = False
         self._validation = ExitStack()
         self._reached: dict[str, float] = {}
+        self._resumed: dict[str, dict[str, Any]] = {}
         networks = {name: _find(model, name) for name in block.networks}
-        steps = {name: optimizer_steps(runner, model, name) for name in networks}
+        iterations = iterations_of(runner)
+        steps = {
+            name: None if iterations is None else optimizer_steps(runner, model, name, iterations) for name in networks
+        }
         try:
             keywords = {name: block.keywords(steps[name], "train_cfg") for name in networks}
         except OptionError as error:
@@ -62,11 +68,38 @@ class SparseTraining:
                 raise type(error)(f"config key iks, {name} ({type(network).__name__}): {error}") from None
             self._tell_layers(name, network)
             _copy_anew(model, name, network)
-        _keep_decay_off_thresholds(runner.optim_wrapper)
+        self._unscheduled = [name for name in networks if steps[name] is None]
+        runner.build_train_loop = partial(self._build_train_loop, runner.build_train_loop)
+        runner.build_optim_wrapper = partial(self._build_optim_wrapper, runner.build_optim_wrapper)
         runner.wrap_model = partial(compat.wrap_model, runner.wrap_model, runner=runner)
         runner.register_hooks = partial(self._register_hooks, runner.register_hooks)
         checkpoints.protect(runner)
         self._compact = CompactFiles(runner, block) if block.export else None
+
+    def _build_train_loop(self, original: Callable[..., Any], loop: Any) -> Any:
+        """The loop has read the training data, which tell how long an epoch is."""
+        built = original(loop)
+        for name in self._unscheduled:
+            controller = self._controllers[name]
+            steps = optimizer_steps(self._runner, self._model, name, int(built.max_iters))
+            try:
+                schedule = self._block.schedule(steps, "train_cfg")
+            except OptionError as error:
+                raise OptionError(f"config key iks: {error}") from None
+            controller.load_state_dict({**controller.state_dict(), **schedule})
+        self._unscheduled.clear()
+        return built
+
+    def _build_optim_wrapper(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Give the thresholds no weight decay, in every optimizer that has some."""
+        from mmengine.optim import OptimWrapperDict
+
+        built = original(*args, **kwargs)
+        thresholds = {id(p) for c in self._controllers.values() for p in c.param_groups()[1]["params"]}
+        for wrapper in built.values() if isinstance(built, OptimWrapperDict) else [built]:
+            groups = wrapper.optimizer.param_groups
+            groups[:] = groups_without_decay(groups, thresholds)
+        return built
 
     def _register_hooks(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
@@ -107,6 +140,12 @@ class SparseTraining:
 
     def begin(self) -> None:
         self._trains = True
+        for name, saved in self._resumed.items():
+            aim_anew(self._controllers[name], saved)
+        self._resumed.clear()
+
+    def begin_iteration(self) -> None:
+        self._validation.close()  # an error in a validation may have left it open
 
     def end(self) -> None:
         self._trains = False
@@ -119,18 +158,24 @@ class SparseTraining:
                     "(train_cfg), or raise the sparsity faster (iks.ramp_steps)"
                 )
 
-    def log_iteration(self) -> None:
-        """Leave the sparsity where MMEngine's logger finds it, in iterations that are logged."""
-        self._validation.close()  # an error in a validation may have left it open
-        if self._runner.iter + 1 in (1, self._runner.max_iters) or self._is_logged():
+    def log_iteration(self, number: int) -> None:
+        """Leave the sparsity where MMEngine's logger finds it, in iterations that are logged.
+
+        Args:
+            number: that of the iteration in its loop or, in a loop of epochs, in its epoch; from 0.
+        """
+        if self._runner.iter + 1 in (1, self._runner.max_iters) or self._is_logged(number):
             for name, controller in self._controllers.items():
                 self._runner.message_hub.update_scalar(f"train/{self._label(name)}", controller.sparsity)
 
-    def _is_logged(self) -> bool:
+    def _is_logged(self, number: int) -> bool:
         from mmengine.hooks import LoggerHook
 
-        intervals = [hook.interval for hook in self._runner.hooks if isinstance(hook, LoggerHook)]
-        return any((self._runner.iter + 1) % interval == 0 for interval in intervals)
+        loggers = [hook for hook in self._runner.hooks if isinstance(hook, LoggerHook)]
+        return any(
+            hook.every_n_inner_iters(number, hook.interval) or hook.end_of_epoch(self._runner.train_dataloader, number)
+            for hook in loggers
+        )
 
     def note_sparsity(self) -> None:
         """Where training stands, while its own weights are still in place."""
@@ -189,8 +234,7 @@ class SparseTraining:
                         f"iks: {name}: the config's {key}, {present[key]}, replaces that of the checkpoint, "
                         f"{saved[key]}"
                     )
-            if present["max_bytes"] is None and present["target_sparsity"] != saved["target_sparsity"]:
-                controller.target_sparsity = present["target_sparsity"]  # in effect from the next action on
+            self._resumed[name] = saved
 
     # Telling
 
@@ -263,17 +307,3 @@ def _copy_anew(model: nn.Module, name: str, network: nn.Module) -> None:
         copied.avg_parameters = (
             copied.module.state_dict() if copied.update_buffers else dict(copied.module.named_parameters())
         )
-
-
-def _keep_decay_off_thresholds(optim_wrapper: Any) -> None:
-    """Give the thresholds no weight decay, in every optimizer of a config that has some."""
-    if not isinstance(optim_wrapper, dict):
-        return
-    optimizer = optim_wrapper.get("optimizer")
-    if optimizer is None:
-        for each in optim_wrapper.values():
-            _keep_decay_off_thresholds(each)
-    elif optimizer.get("weight_decay"):
-        paramwise = optim_wrapper.get("paramwise_cfg") or {}
-        custom_keys = {**paramwise.get("custom_keys", {}), ".threshold": {"decay_mult": 0.0}}
-        optim_wrapper["paramwise_cfg"] = {**paramwise, "custom_keys": custom_keys}
