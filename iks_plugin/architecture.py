@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +189,26 @@ def _load_compact(path: Path, model: nn.Module, packed: bool) -> None:
         if not faults:
             raise
         listed = "; ".join(fault.strip() for fault in faults[:3])
-        raise IksError(f"{first} {listed}; ... Give the arguments that it was trained with: --arch-args") from error
+        prefixes = _prefixes(model, [entry.name for entry in inspect_file(path).entries])
+        advice = (
+            f"The network's names stand there behind {' and '.join(prefixes)}: export the checkpoint once more, with "
+            f"iks export --prefix {prefixes[0]}"
+            if prefixes
+            else "Give the arguments that it was trained with: --arch-args"
+        )
+        raise IksError(f"{first} {listed}; ... {advice}") from error
 
 
 def _load_checkpoint(path: Path, model: nn.Module) -> None:
     state = read_checkpoint(path).state
+    prefixes = _prefixes(model, state)
+    if len(prefixes) > 1:
+        raise IksError(
+            f"{path} has weights for the network behind each of {', '.join(prefixes)}: make a file of those that you "
+            f"want, with iks export --prefix {prefixes[0]}, and take that"
+        )
+    if prefixes:
+        state = read_checkpoint(path, prefix=prefixes[0]).state
     own = model.state_dict()
     faults = [f"{name} is not in it" for name in own if name not in state]
     faults += [f"{name} is not in the network" for name in state if name not in own]
@@ -208,6 +223,15 @@ def _load_checkpoint(path: Path, model: nn.Module) -> None:
             "arguments that it was trained with: --arch-args"
         )
     model.load_state_dict(state)
+
+
+def _prefixes(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What all names of the network's weights stand behind in `names`, such as "generator." in MMagic's checkpoints."""
+    own, there = list(model.state_dict()), set(names)
+    if not own or own[0] in there:
+        return []
+    candidates = sorted({name.removesuffix(own[0]) for name in there if name.endswith(f".{own[0]}")})
+    return [prefix for prefix in candidates if all(f"{prefix}{name}" in there for name in own)]
 
 
 def _hint(model_class: str | None) -> str:

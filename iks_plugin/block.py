@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from .control import SparsityController
 from .errors import OptionError
 from .laws import schedule_of
 from .options import Options, check_options
 from .quantize import VALUE_DTYPES, check_value_dtype
 
 _OWN_KEYS = ("network", "export")
-GOAL = ("target_sparsity", "max_bytes", "value_dtype")
-"""What of a controller's state says where it leads."""
 
 
 @dataclass(frozen=True)
@@ -131,32 +128,20 @@ def _export_meant(value: Any) -> str:
     text = str(value).lower()
     if text in ("true", "false"):
         return f"write {text}, without quotation marks"
+    text = {"half": "float16", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(text, text)
     near = difflib.get_close_matches(text, VALUE_DTYPES, n=1)
     return f"did you mean {near[0]!r}?" if near else "write true for float32 values, which lose nothing"
 
 
-def with_present_goal(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-    """A controller's `saved` state with the goal of the `present` one, which the option file sets for the resumed run.
+def is_meant_as_block(key: str, value: Any) -> bool:
+    """Whether what stands under `key`, which is not "iks", was meant as the block.
 
-    Under the same `max_bytes` as before the target goes on from where it was, as it follows the weights.
+    By its name and its content: option files of other codebases have blocks of their own.
     """
-    if present["max_bytes"] is not None and all(saved.get(key) == present[key] for key in ("max_bytes", "value_dtype")):
-        return dict(saved)
-    return {**saved, **{key: present[key] for key in GOAL}}
-
-
-def aim_anew(controller: SparsityController, saved: Mapping[str, Any]) -> None:
-    """Once a resumed network has its weights: move the thresholds if the goal has changed and the ramp is over.
-
-    In a distributed training it takes all processes.
-
-    Args:
-        saved: the controller's state as it was saved.
-    """
-    present = controller.state_dict()
-    if all(present[key] == saved[key] for key in GOAL):
-        return
-    if controller.max_bytes is None:
-        controller.target_sparsity = controller.target_sparsity
-    else:
-        controller.max_bytes = controller.max_bytes
+    known = {field.name for field in fields(Options)} - {"budget"} | {"max_bytes", "value_dtype", *_OWN_KEYS}
+    if isinstance(value, Mapping) and {"target_sparsity", "max_bytes"} & set(value) and set(value) <= known:
+        return True
+    name = key.lower().replace("-", "").replace("_", "")
+    near = bool(difflib.get_close_matches(name, ["iks", "iksplugin", "iksbasicsr", "targetsparsity"], n=1, cutoff=0.75))
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return name == "iks" or ((near or sorted(name) == sorted("iks")) and (value is None or is_number))

@@ -49,6 +49,7 @@ class SparsityController:
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._factors: dict[str, float] | None = None
         self._warned_of_missed_layers = False
+        self._warned_of_lasting_zeros = False
         self._watcher = OptimizerWatcher(self._watched, self._remember, self._lengthen, self._on_optimizer_step)
         self._watched_a_step = False
         self._watcher.start()
@@ -182,6 +183,7 @@ class SparsityController:
             if self._start is None:
                 self._start = self.sparsity
             self._warn_of_missed_layers()
+            self._warn_of_lasting_zeros()
             self._shift_to(self._law.wanted(self._steps, self._start, self.target_sparsity))
 
     def _warn_of_missed_layers(self) -> None:
@@ -194,6 +196,19 @@ class SparsityController:
                 "of them, and their weights go by magnitude alone. Where it is one of the first two, call "
                 "model.train() before the training (and eval() on normalisation layers alone, where their statistics "
                 "are to stay), and pass inputs by position",
+                IksWarning,
+                stacklevel=5,
+            )
+
+    def _warn_of_lasting_zeros(self) -> None:
+        layers = self._gated().values()
+        zeros, weights = count_raw_zeros(layers), count_weights(layers)
+        if zeros > laws.count_for(self.target_sparsity, weights) and not self._warned_of_lasting_zeros:
+            self._warned_of_lasting_zeros = True
+            warnings.warn(
+                f"{zeros:,} of {weights:,} weights were zero before the training and stay zero, more than the target "
+                f"of {self.target_sparsity:.2%} asks for: the network was pruned already. Start from a dense one, or "
+                "ask for a higher target",
                 IksWarning,
                 stacklevel=5,
             )

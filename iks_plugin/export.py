@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .errors import IksError
 from .model_file import save
 
 
@@ -58,3 +59,14 @@ def export_beside(
         )
     else:
         tell(f"iks: {path.name} has {sizes[0]:,} bytes, {Path(checkpoint).name} {sizes[1]:,}")
+
+
+def refuse_compact(path: str | os.PathLike[str]) -> None:
+    """Raise an `IksError` if `path`, of which a framework is to load a checkpoint, has the name of a compact file."""
+    path = Path(path)
+    if path.suffix.lower() == ".iks":
+        checkpoint = path.with_suffix(".pth")
+        raise IksError(
+            f"{path} is a compact file, and a checkpoint is expected: make one with iks restore {path} {checkpoint} "
+            "(of a network of MMagic with --key state_dict --prefix generator.)"
+        )

@@ -104,15 +104,20 @@ def write_config(
 
 def run(config: Path, what: str = "train", **changes: Any) -> Any:
     """Train or test in this process; `changes` are as on the command line. Returns the runner."""
+    runner = built(config, **changes)
+    getattr(runner, what)()
+    return runner
+
+
+def built(config: Path, **changes: Any) -> Any:
+    """A runner that has not run yet."""
     from mmengine.config import Config
     from mmengine.runner import Runner
 
     torch.manual_seed(0)
     cfg = Config.fromfile(str(config))
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
-    runner = Runner.from_cfg(cfg)
-    getattr(runner, what)()
-    return runner
+    return Runner.from_cfg(cfg)
 
 
 def run_tool(

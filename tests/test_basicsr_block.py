@@ -121,13 +121,24 @@ def test_testing_does_not_mind_networks_that_it_has_not(tmp_path):
     assert read_block({**opt, "is_train": False}) is not None
 
 
-@pytest.mark.parametrize("place", ["train", "network_g", "path"])
-def test_a_block_in_the_wrong_place_is_refused(place, tmp_path):
+@pytest.mark.parametrize("place", [("train",), ("network_g",), ("path",), ("datasets", "train")], ids=" ".join)
+@pytest.mark.parametrize("name", ["iks", "target_sparsity"])
+def test_a_block_in_the_wrong_place_is_refused(name, place, tmp_path):
     opt = toys.options(tmp_path, iks=None)
-    opt[place]["iks"] = {"target_sparsity": 0.9}
-    with pytest.raises(OptionError, match=f"the block iks lies within '{place}': move it to the top level"):
+    inner = opt
+    for key in place:
+        inner = inner[key]
+    inner[name] = {"target_sparsity": 0.9} if name == "iks" else 0.9
+    message = f"{name}.* lies within '{': '.join(place)}': move it to the top level"
+    with pytest.raises(OptionError, match=message):
         toys.train(opt, tmp_path)
     assert not (tmp_path / "experiments").exists()
+
+
+def test_an_option_of_a_network_may_have_the_name_of_ours(tmp_path):
+    opt = {**toys.options(tmp_path), "is_train": True}
+    opt["network_g"]["target_sparsity"] = 0.5
+    assert read_block(opt) is not None
 
 
 @pytest.mark.parametrize("block", [0.9, {"target_sparsity": 0.9}, {"target_sparsity": 0.9, "network": "network_g"}])

@@ -172,7 +172,7 @@ def test_the_log_tells_the_sparsity_everywhere(tmp_path):
     assert "iks: 4,032 of these parameters are thresholds, which no file has: 4,531 without" in log
     validations = re.findall(r"# sparsity: 0.9000\t3,629 of 4,032 weights of network_g are zero, .*", log)
     assert len(validations) == 6
-    assert "training is on its way at 0.6" in validations[0] and validations[-1].endswith("as in what is saved")
+    assert "; training itself is at 6" in validations[0] and validations[-1].endswith("as in what is saved")
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -349,7 +349,7 @@ def test_a_new_target_in_the_option_file_replaces_that_of_the_state(tmp_path):
     opt["iks"]["target_sparsity"] = 0.5
     opt["train"]["total_iter"] = 30
     log = toys.train(opt, tmp_path, "--auto_resume")
-    assert "iks: net_g: the option file's target_sparsity, 0.5, replaces the state's, 0.9" in log
+    assert "iks: net_g: by the option file, target_sparsity is 0.5 from now on, and no longer 0.9" in log
     gated = toys.convolutions_within(build_network(opt["network_g"]))
     for params in toys.saved(tmp_path, "net_g_latest.pth").values():
         zeros, weights = toys.zeros_and_weights(params, gated)
@@ -367,7 +367,7 @@ def test_a_new_goal_after_the_ramp_is_taken_up_at_once(goal, tmp_path):
     log = toys.train(opt, tmp_path, "--auto_resume")
     reached = re.search(r"resumed after 20 steps, at a sparsity of (\S+)", log)
     assert reached is not None and 0.1 < float(reached[1]) < 0.8
-    assert "training ended at" not in log and "on its way" not in log
+    assert "training ended at" not in log and "training itself" not in log[reached.end() :]
 
 
 def test_the_command_line_changes_the_block_as_any_other(tmp_path):
@@ -424,6 +424,25 @@ def test_a_resume_that_ends_before_the_ramp_is_warned_of(tmp_path):
     log = toys.train(opt, tmp_path, "--auto_resume")
     assert "raise the sparsity until step 24, and train: total_iter ends it at step 15" in log
     assert "WARNING: iks: network_g: training ended at" in log and "the files have the target's 90.0%" in log
+
+
+def test_a_training_from_a_pruned_network_tells_what_it_comes_to(tmp_path):
+    opt = prepared(tmp_path, "SRModel")
+    toys.train(opt, tmp_path)
+    pruned = tmp_path / "pruned.pth"
+    shutil.copy(tmp_path / "experiments" / "run" / "models" / "net_g_latest.pth", pruned)
+    opt.update(name="again", iks={"target_sparsity": 0.5})
+    opt["path"] = {"pretrain_network_g": str(pruned), "strict_load_g": True}
+    with pytest.warns(IksWarning, match="were zero before the training and stay zero, more than the target of 50.00%"):
+        log = toys.train(opt, tmp_path)
+    assert "training ended at 90.0% zeros, and not at the target's 50.0%: the others were zero before it" in log
+
+
+def test_a_compact_file_is_no_pretrained_network(tmp_path):
+    opt = prepared(tmp_path, "SRModel")
+    opt["path"]["pretrain_network_g"] = str(tmp_path / "sr.iks")
+    with pytest.raises(IksError, match=r"sr.iks is a compact file.*: make one with iks restore .*sr.iks .*sr.pth"):
+        toys.train(opt, tmp_path)
 
 
 def test_a_model_that_makes_fewer_steps_is_warned_of_with_the_remedy(tmp_path):
@@ -630,7 +649,7 @@ def test_a_schedule_that_is_given_anew_replaces_that_of_the_state(tmp_path):
     opt["iks"]["ramp_steps"] = 25
     opt["train"]["total_iter"] = 30
     log = toys.train(opt, tmp_path, "--auto_resume")
-    assert "iks: net_g: the option file's ramp_steps, 25, replaces the state's, 12" in log
+    assert "iks: net_g: by the option file, ramp_steps is 25 from now on, and no longer 12" in log
     assert "iks: network_g: resumed after 20 steps, at a sparsity of 0.9" in log
     controller = toys.saved(tmp_path, "30.state", "training_states")["iks"]["networks"]["net_g"]["controller"]
     assert controller["ramp_steps"] == 25 and controller["total_steps"] == 30

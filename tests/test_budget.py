@@ -15,8 +15,9 @@ from torch import nn
 import iks_plugin
 import toys
 from iks_plugin import OptionError
-from iks_plugin.block import with_present_goal
+from iks_plugin.block import Block
 from iks_plugin.budget import search
+from iks_plugin.progress import resumed_state
 from iks_plugin.sizes import check_size
 
 # Short trainings end far from the target, which a finalized model of the right size shall not mind.
@@ -177,7 +178,8 @@ SAVED = {"target_sparsity": 0.81, "max_bytes": 20_000, "value_dtype": "float32",
     ids=["the same size", "another type", "another size", "a target"],
 )
 def test_a_resumed_run_has_the_goal_of_its_option_file(present: dict, target_sparsity: float) -> None:
-    assert with_present_goal(SAVED, present) == {**present, "target_sparsity": target_sparsity, "steps": 40}
+    block = Block(("net",), {})
+    assert resumed_state(block, SAVED, present) == {**present, "target_sparsity": target_sparsity, "steps": 40}
 
 
 @pytest.mark.parametrize(

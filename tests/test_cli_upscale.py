@@ -285,6 +285,23 @@ def test_a_compact_file_that_does_not_fit(capsys: pytest.CaptureFixture[str]) ->
     assert "does not fit the model" in message and "--arch-args" in message
 
 
+def test_the_network_within_a_model_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in checkpoints of MMagic, whose models hold a network and more."""
+    inside = {f"generator.{name}": value for name, value in edsr().state_dict().items()}
+    torch.save({"state_dict": {"step_counter": torch.zeros(1), **inside}}, "mmagic.pth")
+    for model, out in (("edsr.pth", "plain.png"), ("mmagic.pth", "found.png")):
+        assert run("in.png", out, "--model", model, *ARGS) == 0
+    assert Path("found.png").read_bytes() == Path("plain.png").read_bytes()
+
+    average = {name.replace("generator.", "generator_ema."): value for name, value in inside.items()}
+    torch.save({"state_dict": {**inside, **average}}, "two.pth")
+    message = refused(capsys, "in.png", "out.png", "--model", "two.pth", *ARGS)
+    assert "behind each of generator., generator_ema.: " in message and "iks export --prefix generator." in message
+    iks_plugin.save(inside, "inside.iks")
+    message = refused(capsys, "in.png", "out.png", "--model", "inside.iks", *ARGS)
+    assert "stand there behind generator.: " in message and "iks export --prefix generator." in message
+
+
 def test_the_network_of_the_working_folder() -> None:
     Path("my_network.py").write_text("from iks_plugin.demo.edsr import EDSR as Net\n")
     with mock.patch.object(sys, "path", [path for path in sys.path if path]):

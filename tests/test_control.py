@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import weakref
 
 import pytest
@@ -334,6 +335,19 @@ def test_a_copy_gets_a_controller_of_its_own_by_sparsify(copied):
     toys.train(other, torch.optim.Adam(other.parameters(), 1e-3), 20)
     assert controller.sparsity == pytest.approx(0.5, abs=1e-3) and original.steps == 5
     iks_plugin.finalize(other)
+
+
+def test_zeros_that_were_there_before_are_told_of_once():
+    model = toys.plain_sr()
+    with torch.no_grad():
+        for layer in (model[2], model[4]):
+            layer.weight.mul_(torch.rand_like(layer.weight) > 0.9)
+    controller = iks_plugin.sparsify(model, 0.5, ramp_steps=10)
+    with pytest.warns(iks_plugin.IksWarning) as caught:
+        toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 20)
+    (warning,) = caught
+    assert re.match(r"4,\d+ of 4,608 weights were zero before .* target of 50.00% asks for", str(warning.message))
+    assert controller.sparsity > 0.85
 
 
 def test_a_module_may_hold_its_controller_but_not_be_pickled_with_it():

@@ -151,7 +151,7 @@ def test_sparsity_is_in_every_log(tmp_path):
     reached = [float(value) for value in re.findall(r"Iter\(train\).*sparsity: (\S+)", log)]
     assert reached[1::2] == sorted(reached[1::2]) and reached[-1] == 0.9 and 0.3 < reached[2] < 0.9
     assert "iks: generator: 4 of 6 layers are rewritten; of their 4,032 weights 90.00% become zero." in log
-    assert "validated as it is saved, with 90.00% zeros; training is on its way at 63." in log
+    assert "validated as it is saved, with 90.00% zeros; training itself is at 63." in log
     lines = [json.loads(line) for line in next((tmp_path / "work").rglob("scalars.json")).read_text().splitlines()]
     assert {line["sparsity"] for line in lines if "PSNR" in line} == {3629 / 4032}
     assert any("loss" in line and "sparsity" in line for line in lines)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import iks_plugin
 from iks_plugin import OptionError
-from iks_plugin.block import Block, parse_block
+from iks_plugin.block import Block, is_meant_as_block, parse_block
 
 EXAMPLE = "\n\n  iks:\n    target_sparsity: 0.9\n"
 
@@ -83,22 +80,17 @@ def _check_networks(names: tuple[str, ...], opt: Mapping[str, Any]) -> None:
 
 def _look_for_a_misplaced_block(opt: Mapping[str, Any], where: str) -> None:
     for key, value in opt.items():
-        if key != "iks" and _is_meant_as_block(str(key), value):
+        if key != "iks" and is_meant_as_block(str(key), value):
             raise OptionError(f"{where}: there is no block {key!r}: did you mean 'iks'? Write{EXAMPLE}")
-        if key != "iks" and isinstance(value, Mapping) and "iks" in value:
-            raise OptionError(f"{where}: the block iks lies within {key!r}: move it to the top level:{EXAMPLE}")
+    for path, key in _nested(opt):
+        if path and path[0] != "iks" and (key == "iks" or (key == "target_sparsity" and "iks" not in opt)):
+            kind = "the block iks" if key == "iks" else "target_sparsity, of the block iks,"
+            raise OptionError(f"{where}: {kind} lies within {': '.join(path)!r}: move it to the top level:{EXAMPLE}")
 
 
-def _is_meant_as_block(key: str, value: Any) -> bool:
-    """By its name and its content: option files of other codebases have blocks of their own."""
-    ours = set(inspect.signature(iks_plugin.sparsify).parameters) - {"model", "unknown"}
-    if (
-        isinstance(value, Mapping)
-        and {"target_sparsity", "max_bytes"} & set(value)
-        and set(value) <= ours | {"network", "export"}
-    ):
-        return True
-    name = key.lower().replace("-", "").replace("_", "")
-    near = bool(difflib.get_close_matches(name, ["iks", "iksplugin", "iksbasicsr", "targetsparsity"], n=1, cutoff=0.75))
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return name == "iks" or ((near or sorted(name) == sorted("iks")) and (value is None or is_number))
+def _nested(options: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """All keys of the options, with the keys of the blocks that they lie in."""
+    for key, value in options.items():
+        yield path, str(key)
+        if isinstance(value, Mapping):
+            yield from _nested(value, (*path, str(key)))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import iks_plugin
 from iks_plugin import IksError, SparsityController
-from iks_plugin.block import Block, aim_anew, with_present_goal
-from iks_plugin.export import export_beside
+from iks_plugin.block import Block
+from iks_plugin.export import export_beside, refuse_compact
 from iks_plugin.files import remove_unfinished
-from iks_plugin.laws import SCHEDULE
 from iks_plugin.optimizers import groups_without_decay
+from iks_plugin.progress import aim_anew, beside_validation, changes, fault_at_end, resumed_state
 
 from .block import optimizer_steps
 from .export import preferred
@@ -28,8 +28,6 @@ from .files import whole_files
 from .networks import Networks
 from .state import STATE_VERSION, check_state
 
-_FAR = 0.01
-"""From this distance to the target on, a log line says where the training stands."""
 _ITERATIONS_WATCHED = 200
 """After so many, the adapter has seen how many steps of the optimizer an iteration makes."""
 
@@ -96,6 +94,7 @@ class SparseTraining:
     # Loading and resuming
 
     def _load_network(self, original: Original, net: nn.Module, load_path: str, *args: Any, **kwargs: Any) -> None:
+        refuse_compact(load_path)
         try:
             original(net, load_path, *args, **kwargs)
         except RuntimeError as error:
@@ -157,13 +156,9 @@ class SparseTraining:
 
     def _restore_controller(self, attribute: str, controller: SparsityController, saved: dict[str, Any]) -> None:
         """Take up the saved progress; what the option file says of target and schedule goes before what was saved."""
-        present = controller.state_dict()
-        schedule = SCHEDULE if set(SCHEDULE) & set(self._block.options) else ()
-        state = {**with_present_goal(saved, present), **{name: present[name] for name in schedule}}
-        for name, value in state.items():
-            if saved.get(name) != value:
-                old = saved.get(name)
-                self._log(f"iks: {attribute}: the option file's {name}, {value}, replaces the state's, {old}")
+        state = resumed_state(self._block, saved, controller.state_dict())
+        for change in changes(saved, state, "the option file"):
+            self._log(f"iks: {attribute}: {change}")
         controller.load_state_dict(state)
 
     def _warn_of_a_short_rest(self) -> None:
@@ -232,12 +227,11 @@ class SparseTraining:
             self._delivery.close()
         data = getattr(getattr(dataloader, "dataset", None), "opt", {}).get("name", "")
         for key, controller, report in trained:
-            label, reached = self._label(key), controller.sparsity
-            on_its_way = abs(reached - report.sparsity) > _FAR
+            label = self._label(key)
             self._log(
                 f"Validation {data}\n\t # {label}: {report.sparsity:.4f}\t{report.zeros:,} of {report.weights:,} "
                 f"weights of {key} are zero, in what was validated as in what is saved"
-                + (f"; training is on its way at {reached:.4f}" if on_its_way else "")
+                + beside_validation(controller.sparsity, report.sparsity)
             )
             if tb_logger:
                 tb_logger.add_scalar(f"metrics/{data}/{label}", report.sparsity, current_iter)
@@ -321,14 +315,11 @@ class SparseTraining:
                 )
 
     def _warn_of_a_missed_target(self) -> None:
-        for key, _, controller in self._networks.trained():
-            reached, target = controller.sparsity, controller.target_sparsity
-            if abs(reached - target) > _FAR:
-                self._warn(
-                    f"iks: {key}: training ended at {reached:.1%} zeros, and the files have the target's {target:.1%}: "
-                    "the rest was made zero without training, which costs quality. Train longer (train: total_iter), "
-                    "or raise the sparsity faster (iks: ramp_steps)"
-                )
+        for key, net, controller in self._networks.trained():
+            if iks_plugin.is_sparsified(net):
+                fault = fault_at_end(net, controller, "files", "train: total_iter", "iks: ramp_steps")
+                if fault is not None:
+                    self._warn(f"iks: {key}: {fault}")
 
     def _is_master(self) -> bool:
         return int(self._model.opt.get("rank", 0)) == 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import iks_plugin
 from iks_plugin import IksError
+from iks_plugin.export import refuse_compact
 from iks_plugin.files import remove_unfinished, whole_file
 
 VERSION = 1
@@ -159,6 +160,14 @@ def check_fit(
         )
 
 
+def refuse_sparse(original: Callable[..., Any], runner: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint for a training without `iks`, but do not resume one with it."""
+    checkpoint = original(filename, *args, **kwargs)
+    if runner._resume and isinstance(checkpoint, Mapping) and "iks" in checkpoint:
+        raise IksError(f"{filename} is of a sparse training, and the config has no key iks: add that training's")
+    return checkpoint
+
+
 def protect(runner: Any) -> None:
     """Let the checkpoints of `runner` be whole files, and a killed training find the last of them."""
     runner.save_checkpoint = partial(_save_whole, runner.save_checkpoint)
@@ -180,6 +189,8 @@ def _resume_from_whole(original: Callable[[], None], runner: Any) -> None:
     """MMEngine writes the name of the last checkpoint in place: mend it where a process was killed meanwhile."""
     from mmengine.dist import barrier, is_main_process
 
+    if runner._load_from is not None:
+        refuse_compact(runner._load_from)
     folders = _checkpoint_folders(runner)
     if is_main_process():
         remove_unfinished(folders)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from iks_plugin import OptionError
-from iks_plugin.block import Block, parse_block
+from iks_plugin.block import Block, is_meant_as_block, parse_block
 
+from .checkpoints import refuse_sparse
 from .training import SparseTraining
 
 EXAMPLE = "\n\n  iks = dict(target_sparsity=0.9)\n"
@@ -28,7 +30,9 @@ def _build_model(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]
     def build_model(self: Any, model: Any) -> nn.Module:
         block = read_block(self.cfg)
         built = original(self, model)
-        if block is not None and self._train_loop is not None:
+        if block is None:
+            self.load_checkpoint = partial(refuse_sparse, self.load_checkpoint, self)
+        elif self._train_loop is not None:
             SparseTraining(self, built, block)
         return built
 
@@ -39,9 +43,12 @@ def read_block(cfg: Any) -> Block | None:
     """The entry `iks` of a config, or None where there is none.
 
     Raises:
-        OptionError: one of its keys or values is wrong.
+        OptionError: its name, or one of its keys or values, is wrong.
     """
     if "iks" not in cfg:
+        meant = next((key for key, value in cfg.items() if is_meant_as_block(key, value)), None)
+        if meant is not None:
+            raise OptionError(f"there is no config key {meant!r}: did you mean 'iks'? Write{EXAMPLE}")
         return None
     content = cfg["iks"]
     try:

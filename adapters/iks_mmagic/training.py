@@ -17,16 +17,14 @@ from torch import nn
 
 import iks_plugin
 from iks_plugin import IksError, OptionError, SparsityController
-from iks_plugin.block import GOAL, Block, aim_anew, with_present_goal
+from iks_plugin.block import Block
 from iks_plugin.optimizers import groups_without_decay
+from iks_plugin.progress import aim_anew, beside_validation, changes, fault_at_end, resumed_state
 
 from . import checkpoints, compat
 from .export import CompactFiles
 from .hooks import FirstHook, LastHook
 from .schedule import iterations_of, optimizer_steps
-
-_FAR = 0.01
-"""From this distance to the target on, a log line says where the training stands."""
 
 
 class SparseTraining:
@@ -150,13 +148,10 @@ class SparseTraining:
     def end(self) -> None:
         self._trains = False
         for name, controller in self._controllers.items():
-            reached, target = controller.sparsity, controller.target_sparsity
-            if abs(reached - target) > _FAR:
-                self._runner.logger.warning(
-                    f"iks: {name}: training ended at {reached:.1%} zeros, and the checkpoints have the target's "
-                    f"{target:.1%}: the rest was made zero without training, which costs quality. Train longer "
-                    "(train_cfg), or raise the sparsity faster (iks.ramp_steps)"
-                )
+            network = _find(self._model, name)
+            fault = fault_at_end(network, controller, "checkpoints", "train_cfg", "iks.ramp_steps")
+            if fault is not None:
+                self._runner.logger.warning(f"iks: {name}: {fault}")
 
     def log_iteration(self, number: int) -> None:
         """Leave the sparsity where MMEngine's logger finds it, in iterations that are logged.
@@ -192,11 +187,10 @@ class SparseTraining:
         self._validation.close()
         for name, report in reports.items():
             self._runner.message_hub.update_scalar(f"{mode}/{self._label(name)}", report.sparsity)
-            reached = self._reached.get(name, report.sparsity)
-            if self._trains and abs(reached - report.sparsity) > _FAR:
+            note = beside_validation(self._reached.get(name, report.sparsity), report.sparsity)
+            if self._trains and note:
                 self._runner.logger.info(
-                    f"iks: {name} was validated as it is saved, with {report.sparsity:.2%} zeros; training is on its "
-                    f"way at {reached:.2%}, so that this lies below what it will reach"
+                    f"iks: {name} was validated as it is saved, with {report.sparsity:.2%} zeros{note}"
                 )
 
     def save(self, checkpoint: dict[str, Any]) -> None:
@@ -222,18 +216,14 @@ class SparseTraining:
         if states.keys() != self._controllers.keys():
             raise IksError(f"{where}: expected iks.network {sorted(states)}, got {sorted(self._controllers)}")
         for name, controller in self._controllers.items():
-            present, saved = controller.state_dict(), states[name]
+            saved = states[name]
+            state = resumed_state(self._block, saved, controller.state_dict())
             try:
-                controller.load_state_dict(saved)
-                controller.load_state_dict(with_present_goal(saved, present))
+                controller.load_state_dict(state)
             except IksError as error:
                 raise IksError(f"{where} does not fit the config key iks, {name}: {error}") from None
-            for key in GOAL:
-                if controller.state_dict()[key] != saved[key]:
-                    self._runner.logger.warning(
-                        f"iks: {name}: the config's {key}, {present[key]}, replaces that of the checkpoint, "
-                        f"{saved[key]}"
-                    )
+            for change in changes(saved, state, "the config"):
+                self._runner.logger.warning(f"iks: {name}: {change}")
             self._resumed[name] = saved
 
     # Telling
