@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from .errors import OptionError
 from .laws import schedule_of
-from .options import Options, check_options
+from .options import Options, check_options, did_you_mean, option_names
 from .quantize import VALUE_DTYPES, check_value_dtype
 
 _OWN_KEYS = ("network", "export")
@@ -90,10 +90,10 @@ def parse_block(content: Any, *, network: str, example: str) -> Block:
             f"network must be the name of a network or a list of them, such as {network!r}, got {networks!r}"
         )
     export = _take_export(options.pop("export", False), options)
+    known = option_names().union(_OWN_KEYS)
     for name in options:
-        near = difflib.get_close_matches(str(name), _OWN_KEYS, n=1, cutoff=0.7)
-        if near:
-            raise OptionError(f"there is no option {name!r}: did you mean {near[0]!r}?")
+        if name not in known:
+            raise OptionError(f"there is no option {name!r}{did_you_mean(name, known)}")
     check_options(**options)
     return Block(tuple(dict.fromkeys(networks)), options, export)
 
@@ -138,7 +138,7 @@ def is_meant_as_block(key: str, value: Any) -> bool:
 
     By its name and its content: option files of other codebases have blocks of their own.
     """
-    known = {field.name for field in fields(Options)} - {"budget"} | {"max_bytes", "value_dtype", *_OWN_KEYS}
+    known = option_names().union(_OWN_KEYS)
     if isinstance(value, Mapping) and {"target_sparsity", "max_bytes"} & set(value) and set(value) <= known:
         return True
     name = key.lower().replace("-", "").replace("_", "")

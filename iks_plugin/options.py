@@ -54,9 +54,8 @@ class Options:
         **unknown: Any,
     ) -> Options:
         """Raise an `OptionError` that names the offending option, or return all of them in their final types."""
-        known = {field.name for field in fields(Options)} - {"budget"} | {"max_bytes", "value_dtype"}
         for name in unknown:
-            raise OptionError(f"sparsify has no option {name!r}{_did_you_mean(name, known)}")
+            raise OptionError(f"sparsify has no option {name!r}{did_you_mean(name, option_names())}")
         _check_goal(target_sparsity, max_bytes)
         _check_choice("granularity", granularity, GRANULARITIES)
         law = default_law(granularity) if law is None else law
@@ -121,6 +120,11 @@ class Options:
         )
 
 
+def option_names() -> set[str]:
+    """The keywords of `sparsify`."""
+    return {field.name for field in fields(Options)} - {"budget"} | {"max_bytes", "value_dtype"}
+
+
 def default_law(granularity: str) -> str:
     """The law where none is given: "obs" decides for single weights, "exact" for whatever shares a threshold."""
     return "obs" if granularity == "weight" else "exact"
@@ -170,7 +174,8 @@ def near_misses(name: str, known: Iterable[str]) -> list[str]:
     return matches or [other for other in names if name and name.strip("*") and name.strip("*") in other][:3]
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """How a message about an unknown `name` ends: with what it may have been meant to be, or with all that is known."""
     known = sorted(known)
     near = near_misses(name, known)
     if near:
@@ -239,7 +244,7 @@ def _check_layer_types(value: Any) -> tuple[type[nn.Module], ...]:
         cls = by_name.get(item) if isinstance(item, str) else item
         if not isinstance(cls, type) or not issubclass(cls, SUPPORTED_TYPES):
             given = item.__name__ if isinstance(item, type) else str(item)
-            raise OptionError(f"layer_types cannot hold {given!r}{_did_you_mean(given, by_name)}")
+            raise OptionError(f"layer_types cannot hold {given!r}{did_you_mean(given, by_name)}")
         types.append(cls)
     return tuple(types)
 

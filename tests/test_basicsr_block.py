@@ -27,6 +27,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "quoted": ({"target_sparsity": "0.9"}, "got the text '0.9': write 0.9, as a number"),
     "no name": ({0.9: None}, r"block iks: expected names of options, got 0.9: write\s+iks:"),
     "unknown": ({"target_sparsity": 0.9, "granularty": "kernel"}, "'granularty': did you mean 'granularity'"),
+    "unknown, unlike any": ({"target_sparsity": 0.9, "zzz": 1}, "'zzz': expected one of .*'export', .*'network', "),
     "unknown, ours": ({"target_sparsity": 0.9, "netwrok": "network_g"}, "no option 'netwrok': did you mean 'network'"),
     "granularity": ({"target_sparsity": 0.9, "granularity": "kernels"}, "got 'kernels': did you mean 'kernel'"),
     "budget": ({"max_bytes": "500 pages"}, "block iks: max_bytes must be a number of bytes, .* got '500 pages'"),
