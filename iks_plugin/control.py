@@ -183,7 +183,6 @@ class SparsityController:
             if self._start is None:
                 self._start = self.sparsity
             self._warn_of_missed_layers()
-            self._warn_of_lasting_zeros()
             self._shift_to(self._law.wanted(self._steps, self._start, self.target_sparsity))
 
     def _warn_of_missed_layers(self) -> None:
@@ -200,9 +199,7 @@ class SparsityController:
                 stacklevel=5,
             )
 
-    def _warn_of_lasting_zeros(self) -> None:
-        layers = self._gated().values()
-        zeros, weights = count_raw_zeros(layers), count_weights(layers)
+    def _warn_of_lasting_zeros(self, zeros: int, weights: int) -> None:
         if zeros > laws.count_for(self.target_sparsity, weights) and not self._warned_of_lasting_zeros:
             self._warned_of_lasting_zeros = True
             warnings.warn(
@@ -210,7 +207,7 @@ class SparsityController:
                 f"of {self.target_sparsity:.2%} asks for: the network was pruned already. Start from a dense one, or "
                 "ask for a higher target",
                 IksWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def detach(self) -> None:
@@ -357,15 +354,15 @@ class SparsityController:
 
     def _shift_to(self, sparsity: float) -> None:
         layers = self._gated()
+        shifts = all_shifts(layers)  # raises where something is not finite
+        lasting = count_raw_zeros(layers.values())
+        self._warn_of_lasting_zeros(lasting, shifts.numel())
+        # Raw zeros stay zero at any threshold: aiming below them would only drive the thresholds to nowhere.
+        wanted = max(laws.count_for(sparsity, shifts.numel()), lasting)
         if isinstance(self._law, laws.SurgeonLaw):
-            all_shifts(layers)  # raises where something is not finite
-            zeros = max(laws.count_for(sparsity, count_weights(layers.values())), count_raw_zeros(layers.values()))
-            surgeon.prune(layers, self._curvature.found(), zeros, self._law.score)
+            surgeon.prune(layers, self._curvature.found(), wanted, self._law.score)
             self._factors = None
             return
-        shifts = all_shifts(layers)
-        # Raw zeros stay zero at any threshold: aiming below them would only drive the thresholds to nowhere.
-        wanted = max(laws.count_for(sparsity, shifts.numel()), count_raw_zeros(layers.values()))
         shift = laws.shift_for(shifts, count_zeros(layers.values()), wanted)
         if shift:
             self._change_thresholds(lambda threshold: threshold.add_(shift))

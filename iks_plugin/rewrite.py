@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -217,16 +217,19 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
     with torch.no_grad():
         for layer, weight in projected.items():
             layer.raw_weight.copy_(weight)
-    by_goal: dict[Goal, list[Tensor]] = {}
-    for layer, weight in projected.items():
-        by_goal.setdefault(layer._iks.goal, []).append(weight)
+    met = {goal: _share_met(goal, projected) for goal in {layer._iks.goal for layer in layers.values()}}
     for layer in layers.values():
-        goal = layer._iks.goal
-        met = goal.target_sparsity if goal.budget is None else zeros_in(by_goal[goal]) / goal.weights
-        layer.__dict__[TRAINED_FOR] = met if target is None else target
+        layer.__dict__[TRAINED_FOR] = met[layer._iks.goal] if target is None else target
         remove_gate(layer)
     _forget_compiled_graphs()
     return model
+
+
+def _share_met(goal: Goal, projected: Mapping[Gated, Tensor]) -> float:
+    """The target of `goal`; under a budget, which target its weights came to."""
+    if goal.budget is None:
+        return goal.target_sparsity
+    return zeros_in(weight for layer, weight in projected.items() if layer._iks.goal is goal) / goal.weights
 
 
 def trained_for(model: nn.Module) -> float | None:
