@@ -48,6 +48,7 @@ class SparsityController:
         self._curvature = CurvatureWatcher(self._gated_left)
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._factors: dict[str, float] | None = None
+        self._postponed_to: int | None = None
         self._warned_of_missed_layers = False
         self._warned_of_lasting_zeros = False
         self._watcher = OptimizerWatcher(self._watched, self._remember, self._lengthen, self._on_optimizer_step)
@@ -105,14 +106,35 @@ class SparsityController:
         self._aim_at_budget(replace(present, max_bytes=check_size(value)))
 
     def _aim_at_budget(self, budget: Budget) -> None:
-        model = self._model()
-        if model is None:
-            raise IksError(_GONE)
-        target = sparsity_for(model, self._gated(), budget, guess=self.target_sparsity)
+        target = self._target_under(budget)
         if budget != self._goal.budget:
             refuse_idle(target, budget)
         self._goal.budget = budget
         self._aim_at(target)
+
+    def _target_under(self, budget: Budget) -> float:
+        model = self._model()
+        if model is None:
+            raise IksError(_GONE)
+        return sparsity_for(model, self._gated(), budget, guess=self.target_sparsity)
+
+    def aim_when_measured(self) -> None:
+        """Take up the present goal in a training that goes on after its ramp, resumed with another goal than before.
+
+        Under the law "obs" the thresholds move after 12 further steps (or the last, if that comes first), in which it
+        measures: a resumed training has no measurement that setting a goal could go by. Else they move at once.
+        """
+        if self._goal.budget is not None:
+            self._goal.target_sparsity = self._target_under(self._goal.budget)
+        if not self._law.has_arrived(self._steps):
+            return
+        last = self._law.total_steps
+        if isinstance(self._law, laws.SurgeonLaw) and (last is None or last > self._steps):
+            measured = self._steps + laws.MEASURED_STEPS
+            self._postponed_to = measured if last is None else min(measured, last)
+            self._measure_if_due()
+        else:
+            self._shift_to(self.target_sparsity)
 
     def step(self) -> None:
         """Count one optimizer step and act if the law says so.
@@ -165,14 +187,16 @@ class SparsityController:
 
     def _measure_if_due(self) -> None:
         if isinstance(self._law, laws.SurgeonLaw):
-            if self._law.measures_at(self._steps):
+            if self._postponed_to is not None or self._law.measures_at(self._steps):
                 self._curvature.start()
             else:
                 self._curvature.stop()
 
     def _act_if_due(self) -> None:
-        if not self._law.acts_at(self._steps):
+        due = self._law.acts_at(self._steps) if self._postponed_to is None else self._steps >= self._postponed_to
+        if not due:
             return
+        self._postponed_to = None
         if self._goal.budget is not None and self._steps % RESOLVE_STEPS < self._law.interval:
             self._aim_at_budget(self._goal.budget)
         if isinstance(self._law, laws.PaperLaw):
@@ -269,6 +293,7 @@ class SparsityController:
             "steps": self._steps,
             "start_sparsity": self._start,
             "update_factors": None if self._factors is None else dict(self._factors),
+            "postponed_to": self._postponed_to,
             "measured": self._curvature.unfinished(),
             **laws.schedule_of(self._law),
         }
@@ -308,6 +333,7 @@ class SparsityController:
         self._steps = state["steps"]
         self._start = state["start_sparsity"]
         self._factors = state["update_factors"]
+        self._postponed_to = state["postponed_to"]
         self._measure_if_due()
         self._curvature.resume(state["measured"])
 
@@ -332,6 +358,7 @@ class SparsityController:
         return {
             "steps": lambda value: type(value) is int and value >= 0,
             "start_sparsity": lambda value: value is None or 0 <= value <= 1,
+            "postponed_to": lambda value: value is None or (type(value) is int and value >= 1),
             "total_steps": lambda value: value is None or (type(value) is int and value >= 1),
             "ramp_steps": lambda value: type(value) is int and value >= 1 if has_ramp else value is None,
             "interval": lambda value: type(value) is int and value >= 1,

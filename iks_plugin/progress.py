@@ -44,7 +44,7 @@ def changes(saved: Mapping[str, Any], resumed: Mapping[str, Any], by: str) -> It
 
 
 def aim_anew(controller: SparsityController, saved: Mapping[str, Any]) -> None:
-    """Once a resumed network has its weights: move the thresholds if the goal has changed and the ramp is over.
+    """Once a resumed network has its weights: go for the present goal if it has changed.
 
     In a distributed training it takes all processes.
 
@@ -52,12 +52,8 @@ def aim_anew(controller: SparsityController, saved: Mapping[str, Any]) -> None:
         saved: the controller's state as it was saved.
     """
     present = controller.state_dict()
-    if all(present[key] == saved.get(key) for key in _GOAL):
-        return
-    if controller.max_bytes is None:
-        controller.target_sparsity = controller.target_sparsity
-    else:
-        controller.max_bytes = controller.max_bytes
+    if any(present[key] != saved.get(key) for key in _GOAL):
+        controller.aim_when_measured()
 
 
 def beside_validation(reached: float, validated: float) -> str:

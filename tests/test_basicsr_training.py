@@ -357,17 +357,19 @@ def test_a_new_target_in_the_option_file_replaces_that_of_the_state(tmp_path):
 
 
 @pytest.mark.parametrize("goal", [{"target_sparsity": 0.5}, {"max_bytes": 12000}], ids=lambda goal: next(iter(goal)))
-def test_a_new_goal_after_the_ramp_is_taken_up_at_once(goal, tmp_path):
+def test_a_new_goal_after_the_ramp_is_taken_up_once_it_is_measured(goal, tmp_path):
     schedule = {"ramp_steps": 10, "interval": 1000}
     opt = prepared(tmp_path, "SRModel")
     opt["iks"] = {"target_sparsity": 0.9, **schedule}
     toys.train(opt, tmp_path)
     opt["iks"] = {**goal, **schedule}
-    opt["train"]["total_iter"] = 30
+    opt["train"]["total_iter"] = 40
     log = toys.train(opt, tmp_path, "--auto_resume")
-    reached = re.search(r"resumed after 20 steps, at a sparsity of (\S+)", log)
-    assert reached is not None and 0.1 < float(reached[1]) < 0.8
-    assert "training ended at" not in log and "training itself" not in log[reached.end() :]
+    start = log.index("resumed after 20 steps, at a sparsity of 0.9")
+    reached = {int(i): float(s) for i, s in re.findall(r"iter: *(\d+).* sparsity: (\S+)", log[start:])}
+    assert all(abs(reached[i] - 0.9) < 0.001 for i in range(21, 32) if i in reached)
+    assert all(0.1 < reached[i] < 0.8 for i in range(32, 41) if i in reached) and max(reached) >= 32 > min(reached)
+    assert "training ended at" not in log
 
 
 def test_the_command_line_changes_the_block_as_any_other(tmp_path):

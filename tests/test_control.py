@@ -122,6 +122,7 @@ def test_a_loaded_state_brings_its_target_and_schedule():
         ({"steps": None}, "steps has the impossible value None: the state is damaged"),
         ({"ramp_steps": "x"}, "ramp_steps has the impossible value 'x': the state is damaged"),
         ({"interval": 0}, "interval has the impossible value 0"),
+        ({"postponed_to": 0}, "postponed_to has the impossible value 0"),
         ({"total_steps": True}, "total_steps has the impossible value True"),
         ({"start_sparsity": 2.0}, "start_sparsity has the impossible value 2.0"),
         ({"update_factors": {"2": 1.0}}, "update_factors or measured do not belong to the layers 2, 4: the state is"),
@@ -203,6 +204,77 @@ def test_a_new_target_before_the_end_of_the_ramp_moves_nothing_at_once():
     assert controller.sparsity < 0.01
     toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 20)
     assert controller.sparsity == pytest.approx(0.5, abs=0.001)
+
+
+def resumed_after_the_ramp(target: float, **options: int | str) -> tuple[nn.Module, iks_plugin.SparsityController]:
+    """Trained for 40 steps at 0.8, and then resumed with another target."""
+    torch.manual_seed(0)
+    models = toys.plain_sr(32), toys.plain_sr(32)
+    trained, resumed = (iks_plugin.sparsify(model, 0.8, ramp_steps=20, **options) for model in models)
+    toys.train(models[0], torch.optim.Adam(models[0].parameters(), 1e-3), 40)
+    resumed.load_state_dict({**trained.state_dict(), "target_sparsity": target})
+    models[1].load_state_dict(models[0].state_dict())
+    return models[1], resumed
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, 12), ({"interval": 5}, 12), ({"interval": 1000, "total_steps": 47}, 7), ({"law": "exact"}, 0)],
+)
+@pytest.mark.parametrize("target", [0.95, 0.5])
+def test_a_resumed_training_measures_before_it_takes_a_new_goal_up(target, options, steps):
+    model, controller = resumed_after_the_ramp(target, **options)
+    controller.aim_when_measured()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(steps):
+        assert controller.sparsity == pytest.approx(0.8, abs=0.001)
+        toys.train(model, optimizer, 1, seed=step)
+    assert controller.sparsity == pytest.approx(target, abs=0.001)
+    assert controller.state_dict()["postponed_to"] is None and not controller.state_dict()["measured"]
+
+
+def test_a_new_goal_that_is_taken_up_measured_costs_less_than_one_that_is_set():
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    changes = []
+    for measured in (True, False):
+        model, controller = resumed_after_the_ramp(0.95)
+        before = model(x).detach()
+        if measured:
+            controller.aim_when_measured()
+        else:
+            controller.target_sparsity = controller.target_sparsity
+        toys.train(model, torch.optim.SGD(model.parameters(), 0.0), 12)
+        assert controller.sparsity == pytest.approx(0.95, abs=0.001)
+        changes.append(float((model(x) - before).detach().square().mean()))
+    assert changes[0] < 0.8 * changes[1]
+
+
+@pytest.mark.parametrize("stop", [0, 5, 11])
+def test_a_goal_that_waits_for_its_measurement_survives_another_resume(stop):
+    results = []
+    for again in (False, True):
+        model, controller = resumed_after_the_ramp(0.95, interval=1000)
+        controller.aim_when_measured()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for step in range(15):
+            if again and step == stop:
+                states = copy.deepcopy(model.state_dict()), copy.deepcopy(controller.state_dict())
+                model = toys.plain_sr(32)
+                controller = iks_plugin.sparsify(model, 0.95, ramp_steps=20, interval=1000)
+                controller.load_state_dict(states[1])
+                model.load_state_dict(states[0])
+                optimizer = torch.optim.SGD(model.parameters(), 0.05)
+            toys.train(model, optimizer, 1, seed=step)
+        assert controller.sparsity == pytest.approx(0.95, abs=0.001)
+        results.append(model.state_dict())
+    assert toys.states_equal(*results)
+
+
+def test_a_new_goal_within_the_ramp_is_not_postponed():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+    controller.aim_when_measured()
+    assert controller.state_dict()["postponed_to"] is None
 
 
 def test_a_model_that_is_sparse_already_is_never_driven_below_its_zeros():

@@ -194,13 +194,14 @@ def test_a_training_from_a_pruned_network_tells_what_it_comes_to(tmp_path):
 
 
 @pytest.mark.parametrize("goal", ["target_sparsity=0.5", "max_bytes=12000"])
-def test_a_new_goal_after_the_ramp_is_taken_up_at_once(goal, tmp_path):
+def test_a_new_goal_after_the_ramp_is_taken_up_once_it_is_measured(goal, tmp_path):
     trained(tmp_path, "dict(target_sparsity=0.9, ramp_steps=10, interval=1000)")
     config = toys.write_config(tmp_path, f"dict({goal}, ramp_steps=10, interval=1000)")
     toys.run(config, resume=True, train_cfg__max_iters=40)
     log = toys.log_of(tmp_path)
-    reached = [float(value) for value in re.findall(r"Iter\(train\).*sparsity: (\S+)", log)]
-    assert min(reached) > 0.1 and max(reached) < 0.6 and "training ended at" not in log
+    reached = {int(i): float(s) for i, s in re.findall(r"Iter\(train\) \[(\d+)/40\].*sparsity: (\S+)", log)}
+    assert all(abs(reached[i] - 0.9) < 0.001 for i in (25, 30))
+    assert all(0.1 < reached[i] < 0.6 for i in (35, 40)) and "training ended at" not in log
 
 
 def test_a_training_that_misses_its_target_says_so(tmp_path):
