@@ -526,17 +526,45 @@ def test_pictures_without_matplotlib(
     assert (tmp_path / "report.md").exists()
 
 
-@pytest.mark.parametrize(("worst", "lowest", "label"), [(34.0, 33.9, "(Y)"), (13.0, 31.15, "(Y), the lowest left out")])
+@pytest.mark.parametrize(
+    ("psnrs", "shown", "label"),
+    [
+        ([36.0, 34.0], (33.9, 36.1), "(Y)"),  # with 5 % of what is between them
+        ([36.0, 34.0, 31.9], (33.9, 36.1), "(Y), the lowest left out"),  # more than 4 dB below the best
+        ([36.0, 13.0], (35.95, 36.05), "(Y), the lowest left out"),
+    ],
+)
 def test_a_training_that_broke_does_not_flatten_the_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worst: float, lowest: float, label: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, psnrs: list[float], shown: tuple[float, float], label: str
 ) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
     monkeypatch.setattr(pictures, "save_figure", lambda figure, axes, path: drawn.append(axes))
-    entries = summarise([make_row(psnr=36.0), make_row(method="iks", psnr=worst)])
+    methods = ("gmp", "iks", "str")
+    entries = summarise(make_row(method=method, psnr=psnr) for method, psnr in zip(methods, psnrs, strict=False))
     pictures.plot(entries, "edsr-8x32-x2", "sparsity", tmp_path / "picture.png")
-    assert drawn[0].get_ylim()[0] == pytest.approx(lowest)  # a margin of 5 % above 36 dB, and 6 dB below that
+    assert drawn[0].get_ylim() == pytest.approx(shown)
     assert drawn[0].get_ylabel() == f"PSNR in dB {label}"
+
+
+def test_sparsities_are_as_far_apart_as_the_weights_that_stay_are_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, axes, path: drawn.append(axes))
+    entries = summarise(make_row(sparsity=sparsity, psnr=36.0) for sparsity in (0.0, 0.5, 0.75, 0.875))
+    pictures.plot(entries, "edsr-8x32-x2", "sparsity", tmp_path / "picture.png")
+    axes = drawn[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["50 %", "75 %", "87.5 %"]
+    places = axes.transData.transform([(place, 36.0) for place in axes.get_xticks()])[:, 0]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1]) and places[0] < places[1]
+
+
+def test_a_table_of_dense_networks_alone_has_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    entries = summarise([make_row(method="dense", sparsity=0.0, psnr=36.0)])
+    assert all(path.stat().st_size > 1000 for path in pictures.plot_all(entries, tmp_path))
 
 
 def test_a_method_has_the_same_colour_in_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

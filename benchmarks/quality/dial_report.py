@@ -12,7 +12,7 @@ from iks_plugin.files import whole_file
 from ..edsr import table
 from .dial import DIAL, DialRow
 from .networks import title_of
-from .pictures import new_figure, save_figure
+from .pictures import mark_sparsities, new_figure, save_figure
 from .results import Measured, Row, read_rows
 
 
@@ -129,9 +129,10 @@ def plot(dial: Dial, path: Path) -> None:
         f"and {dial.more_steps} steps more": dial.further,
         "trained for it": dial.separate,
     }
+    mark_sparsities(axes, {sparsity for values in lines.values() for sparsity in values})
     for label, values in lines.items():
-        axes.plot(list(values), [fmean(value) for value in values.values()], marker="o", label=label)
-    axes.set_xlabel("share of zeros")
+        x = [1 - sparsity for sparsity in values]
+        axes.plot(x, [fmean(value) for value in values.values()], marker="o", label=label)
     axes.set_ylabel("PSNR in dB (Y)")
     axes.set_title(title_of(dial.network))
     save_figure(figure, axes, path)

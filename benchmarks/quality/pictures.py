@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from iks_plugin.files import whole_file
 from .networks import title_of
 from .summary import Entry, dense_of, is_ours, method_order, sparse_methods
 
-DEPTH = 6.0
-"""So many dB a picture shows."""
+DEPTH = 4.0
+"""A training that ends so many dB below the best one broke: it is not shown, as it would flatten all others."""
+MARGIN = 0.05
+"""Of the height of what is shown, above and below it."""
 
 LINES = ("-", "--", ":", "-.")
 """For the same method with other options, which has the same colour."""
@@ -40,56 +42,70 @@ def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
     """
     figure, axes = new_figure()
     own = [entry for entry in entries if entry.network == network]
+    if over == "sparsity":
+        mark_sparsities(axes, {entry.sparsity for entry in own if entry.sparsity})
+    else:
+        mark_sizes(axes)
+    shown = [entry.mean for entry in own]
     dense = dense_of(entries, network)
     if dense is not None:
         axes.axhline(dense.mean, color="0.5", linestyle="--", label="dense")
+        shown.append(dense.mean)
     styles: defaultdict[int, Iterator[str]] = defaultdict(lambda: cycle(LINES))
     for method in sparse_methods(own):
         place, _ = method_order(method)
         color, width = ("black", 2.5) if is_ours(method) else (f"C{place}", 1.2)
         look = {"color": color, "linewidth": width, "linestyle": next(styles[place])}
         line = sorted((entry for entry in own if entry.method == method), key=lambda entry: entry.sparsity)
-        x = [entry.sparsity if over == "sparsity" else entry.bytes / 1000 for entry in line]
+        x = [1 - entry.sparsity if over == "sparsity" else entry.bytes / 1000 for entry in line]
         spread = [0.0 if math.isnan(entry.spread) else entry.spread for entry in line]
         y = [entry.mean for entry in line]
         axes.errorbar(x, y, spread, marker="o", capsize=3, label=method, **look)
-    axes.set_xlabel("share of zeros" if over == "sparsity" else "compact file in kB (float32)")
-    if over == "size":
-        log_sizes(axes)
-    left_out = cut_below(axes, DEPTH)
+    left_out = show(axes, shown)
     axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if left_out else ""))
     axes.set_title(title_of(network))
     save_figure(figure, axes, path)
 
 
 def new_figure() -> tuple[Any, Any]:
-    """A figure and its axes, without any window."""
+    """A figure and its axes, the x axis logarithmic, without any window."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise IksError(f"the pictures need matplotlib ({error}): pip install matplotlib") from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    return figure, figure.subplots()
-
-
-def log_sizes(axes: Any) -> None:
-    """A logarithmic x axis with plain numbers, not powers, for sizes within a decade or two."""
-    from matplotlib.ticker import ScalarFormatter
-
+    axes = figure.subplots()
     axes.set_xscale("log")
+    return figure, axes
+
+
+def mark_sparsities(axes: Any, sparsities: Iterable[float]) -> None:
+    """Before anything is drawn: let the x axis, of the weights that stay, fall, and mark it with the share of zeros."""
+    marks = sorted(sparsities)
+    if marks:
+        axes.set_xlim((1 - marks[0]) * 1.2, (1 - marks[-1]) / 1.2)
+    axes.set_xticks([1 - sparsity for sparsity in marks], [f"{100 * sparsity:g} %" for sparsity in marks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("zeros, on a logarithmic scale of the weights that stay")
+
+
+def mark_sizes(axes: Any) -> None:
+    """Put plain numbers, not powers, at the x axis: for sizes within a decade or two."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("compact file in kB (float32)")
 
 
-def cut_below(axes: Any, depth: float) -> bool:
-    """Show no more than `depth` from the top of the y axis: a training that broke would flatten all others.
-
-    Returns whether something is left out.
-    """
-    lowest, highest = axes.get_ylim()
-    shown = max(lowest, highest - depth)
-    axes.set_ylim(shown, highest)
-    return bool(shown > lowest)
+def show(axes: Any, values: Sequence[float]) -> bool:
+    """Fit the y axis to those of `values` that are within `DEPTH` of the best; returns whether some are left out."""
+    near = [value for value in values if value >= max(values) - DEPTH]
+    lowest, highest = min(near), max(near)
+    margin = MARGIN * max(highest - lowest, 1)
+    axes.set_ylim(lowest - margin, highest + margin)
+    return len(near) < len(values)
 
 
 def save_figure(figure: Any, axes: Any, path: Path) -> None:
