@@ -23,6 +23,13 @@ from .swap import Swapped, original_class, register, swapped_class
 
 GRANULARITIES = ("weight", "kernel", "filter", "layer")
 
+_MADE_OF = ("weight_g", "weight_orig")
+"""What old parametrizations (`torch.nn.utils`) and torch's pruning make a layer's weight of."""
+_REPLACED = (
+    "as weight_norm, spectral_norm and other parametrizations replace it, and torch.nn.utils.prune does: apply these "
+    "before sparsify, which then leaves the layer dense, or leave it out: sparsify(..., exclude=...)"
+)
+
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -66,12 +73,18 @@ class Gated(Swapped):
         if raw is None:
             raw = self.__dict__.get("weight")
         if raw is None:
-            raise IksError(
-                f"{type(self).__name__} has lost its parameter weight, as by weight_norm, spectral_norm or another "
-                "parametrization: apply these before sparsify, which then leaves the layer dense, or leave it out: "
-                "sparsify(..., exclude=...)"
-            )
+            raise IksError(f"{type(self).__name__} has lost its parameter weight, {_REPLACED}")
         return raw
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise IksError(f"{type(self).__name__} cannot do without its parameter weight, {_REPLACED}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in _MADE_OF:
+            raise IksError(f"{type(self).__name__} cannot have {name} in place of weight, {_REPLACED}")
+        super().register_parameter(name, param)
 
     def spread_threshold(self) -> Tensor:
         """The threshold in a shape that broadcasts to the weight's."""

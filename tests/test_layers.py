@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import iks_plugin
 import toys
@@ -247,15 +248,29 @@ def test_repr_names_the_granularity():
     assert "granularity='kernel'" in repr(rewritten(nn.Conv2d(8, 8, 3), granularity="kernel"))
 
 
-PARAMETRIZATIONS: dict[str, Callable[[nn.Module], object]] = {
+REPLACEMENTS: dict[str, Callable[[nn.Module], object]] = {
     "weight_norm": nn.utils.parametrizations.weight_norm,
     "spectral_norm": nn.utils.parametrizations.spectral_norm,
     "another": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity()),
+    "old spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
 }
 
 
-@pytest.mark.parametrize("parametrize", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
-def test_a_parametrization_of_a_rewritten_layer_says_what_to_do(parametrize):
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_replacing_the_weight_of_a_rewritten_layer_is_refused_and_nothing_changes(replace):
     layer = rewritten(nn.Conv2d(8, 8, 3))
-    with pytest.raises(IksError, match="SparseConv2d has lost its parameter weight.*apply these before sparsify"):
-        parametrize(layer)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(IksError, match=r"SparseConv2d cannot .*weight, as weight_norm.*: apply these before sparsify"):
+        replace(layer)
+    assert type(layer).__name__ == "SparseConv2d" and toys.states_equal(layer.state_dict(), before)
+    assert not layer._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_the_old_weight_norm_of_a_rewritten_layer_is_refused():
+    layer = rewritten(nn.Conv2d(8, 8, 3))
+    with pytest.raises(IksError, match="SparseConv2d cannot have weight_g in place of weight, as weight_norm"):
+        nn.utils.weight_norm(layer)  # it has deleted the parameter by itself before
+    with pytest.raises(IksError, match="SparseConv2d has lost its parameter weight, as weight_norm"):
+        layer(torch.rand(1, 8, 9, 9))
