@@ -46,11 +46,9 @@ def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
         mark_sparsities(axes, {entry.sparsity for entry in own if entry.sparsity})
     else:
         mark_sizes(axes)
-    shown = [entry.mean for entry in own]
     dense = dense_of(entries, network)
     if dense is not None:
         axes.axhline(dense.mean, color="0.5", linestyle="--", label="dense")
-        shown.append(dense.mean)
     styles: defaultdict[int, Iterator[str]] = defaultdict(lambda: cycle(LINES))
     for method in sparse_methods(own):
         place, _ = method_order(method)
@@ -61,7 +59,7 @@ def plot(entries: Sequence[Entry], network: str, over: str, path: Path) -> None:
         spread = [0.0 if math.isnan(entry.spread) else entry.spread for entry in line]
         y = [entry.mean for entry in line]
         axes.errorbar(x, y, spread, marker="o", capsize=3, label=method, **look)
-    left_out = show(axes, shown)
+    left_out = show(axes, [entry.mean for entry in own])
     axes.set_ylabel("PSNR in dB (Y)" + (", the lowest left out" if left_out else ""))
     axes.set_title(title_of(network))
     save_figure(figure, axes, path)
