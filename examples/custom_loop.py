@@ -1,7 +1,7 @@
 """A small super-resolution network becomes 90 % sparse in a training loop written by hand. Takes about a minute."""
 
 import torch
-from skimage import data  # photographs; pip install "iks-plugin[demo]"
+from skimage import data  # photographs; pip install scikit-image
 from torch import nn
 from torch.nn.functional import interpolate, l1_loss
 

@@ -21,7 +21,7 @@ def draw(report: Report, path: Path) -> Path:
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ImportError as error:
-        raise IksError('drawing needs matplotlib: pip install "iks-plugin[plot]"') from error
+        raise IksError("drawing needs matplotlib: pip install matplotlib") from error
 
     layers = report.layers
     positions = range(len(layers))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import iks_plugin
 
@@ -26,6 +27,22 @@ def test_the_snippet_runs_and_its_report_is_the_one_shown():
     names: dict[str, object] = {}
     exec(block_after("<!-- test -->"), names)
     assert str(iks_plugin.report(names["model"])).splitlines() == block_after("<!-- report -->").splitlines()
+
+
+def test_the_resume_snippet_goes_on_where_the_training_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = block_after("<!-- test -->")
+    start, training = re.split(r"(?=for step)", whole.partition("iks_plugin.finalize")[0])
+    first: dict[str, object] = {}
+    exec(start + training, first)
+    save, resume = block_after("<!-- test: resume -->").split("# in the process that goes on")
+    exec(save, first)
+    second: dict[str, object] = {}
+    exec(start, second)
+    exec(resume.partition("\n")[2], second)
+    assert second["controller"].steps == 200
+    assert second["controller"].state_dict() == first["controller"].state_dict()
+    assert all(map(torch.equal, first["model"].state_dict().values(), second["model"].state_dict().values()))
 
 
 def commands() -> list[str]:

@@ -100,7 +100,7 @@ def test_plot_without_matplotlib_says_what_to_install():
         "except iks_plugin.IksError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == 'drawing needs matplotlib: pip install "iks-plugin[plot]"'
+    assert said.strip() == "drawing needs matplotlib: pip install matplotlib"
 
 
 def test_a_model_without_values_has_no_report():

@@ -1,6 +1,6 @@
 """`iks demo`: a small EDSR x2 is trained on photographs, dense and 90 % sparse, and the two are compared.
 
-Needs Pillow, scikit-image (unless given a folder), tqdm and matplotlib: pip install "iks-plugin[demo]".
+Needs Pillow, scikit-image (unless given a folder), tqdm and matplotlib: pip install ".[demo]" in a checkout.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ def require(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise IksError(f'the demo needs {package} ({error}): run pip install "iks-plugin[demo]"') from error
+        remedy = "run pip install pillow scikit-image tqdm matplotlib"
+        raise IksError(f"the demo needs {package} ({error}): {remedy}") from error
 
 
 def progress_bar(items: Iterable[Any], title: str, unit: str) -> Any:
