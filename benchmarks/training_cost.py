@@ -6,8 +6,8 @@
 EDSR with 16 residual blocks of 64 channels (x2), batches of 16 crops of 48 x 48, Adam. The dense and the rewritten
 network each live in a process of their own and take their steps in turn, so that a busy machine slows both alike, and
 neither meets the memory that the other has left behind. The figure is the median of the ratios of neighbouring steps.
-The law acts 25 times in a training of any length, and measures in the 12 steps before each time: what that takes in all is
-measured by itself, over a short ramp.
+The law acts 25 times in a training of any length, and measures in the 12 steps before each time: what that takes in all
+is measured by itself, over a short ramp.
 """
 
 from __future__ import annotations
