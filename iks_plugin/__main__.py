@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command(options)
         sys.stdout.flush()
-    except IksError as error:
-        print(f"iks: error: {error}", file=sys.stderr)
-        return WRONG_USE
     except BrokenPipeError:  # whoever reads our output has had enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
+    except (IksError, OSError) as error:  # the system's own, wherever a path is looked at
+        print(f"iks: error: {error}", file=sys.stderr)
+        return WRONG_USE
     except KeyboardInterrupt:
         print("iks: aborted", file=sys.stderr)
         return INTERRUPTED
@@ -162,7 +162,8 @@ def _add_export(commands: Any) -> None:
         "--value-dtype",
         choices=list(VALUE_DTYPES),
         default="float32",
-        help="the type of the non-zero values of sparse weights; float32 is lossless (default: %(default)s)",
+        help="the type of the non-zero values of sparse weights; float32 is lossless for float32 weights and narrower "
+        "ones (default: %(default)s)",
     )
     parser.add_argument(
         "--key",

@@ -83,13 +83,13 @@ def bench(model: nn.Module, size: tuple[int, int], rounds: int = 5) -> Bench:
     if not is_packed(model):
         pack(model)
     image = _image_for(model, size)
-    dense = unpack(copy.deepcopy(model))
+    dense = unpack(copy.deepcopy(model)).to(memory_format=torch.contiguous_format)
+    dense_last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    image_last = image.to(memory_format=torch.channels_last)
     ways: dict[str, Callable[[], Tensor]] = {
         "packed": lambda: model(image),
-        "contiguous": lambda: dense.to(memory_format=torch.contiguous_format)(image),
-        "channels_last": lambda: dense.to(memory_format=torch.channels_last)(
-            image.to(memory_format=torch.channels_last)
-        ),
+        "contiguous": lambda: dense(image),
+        "channels_last": lambda: dense_last(image_last),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -116,10 +116,10 @@ def _image_for(model: nn.Module, size: tuple[int, int]) -> Tensor:
     """Random numbers that `model` takes: 3 channels, or else 1."""
     reasons = []
     for channels in (3, 1):
-        image = torch.rand(1, channels, *size)
         try:
+            image = torch.rand(1, channels, *size)
             model(image)
-        except Exception as error:  # whatever a network makes of an image that it does not take
+        except Exception as error:  # no memory for it, or whatever a network makes of an image that it does not take
             reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
         else:
             return image

@@ -6,15 +6,18 @@ All of its keys are keywords of `sparsify` but two: `network`, and `export`, whi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
+
+from torch import nn
 
 from .errors import OptionError
 from .laws import schedule_of
 from .options import Options, check_options, did_you_mean, option_names
 from .quantize import VALUE_DTYPES, check_value_dtype
+from .selection import check_patterns, matching, names_of_layers, near_layers
 
 _OWN_KEYS = ("network", "export")
 
@@ -59,6 +62,42 @@ class Block:
         return schedule_of(Options.check(**self.keywords(steps, length)).make_law())
 
 
+class Patterns:
+    """`include` and `exclude` where a block has several networks: each gets the patterns that match in it.
+
+    Args:
+        networks: those of the block, which may come to be one after another.
+    """
+
+    def __init__(self, networks: Sequence[str]) -> None:
+        self._networks = networks
+        self._layers: dict[str, list[list[str]]] = {}
+
+    def keywords_for(self, name: str, network: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The `keywords` of `sparsify` for the `network` called `name`, of those for all; a single one takes them all.
+
+        Raises:
+            OptionError: no pattern of `include` matches in it; or, for the last network, a pattern has matched in none.
+        """
+        if len(self._networks) == 1:
+            return keywords
+        options = Options.check(**keywords)
+        own = self._layers[name] = names_of_layers(network, options.layer_types)
+        if self._layers.keys() == set(self._networks):
+            whose = " and ".join(f"{other}'s" for other in self._networks)
+            check_patterns(options, [layer for layers in self._layers.values() for layer in layers], whose)
+        taken = {**keywords, "exclude": matching(options.exclude, own)}
+        if options.include is not None:
+            taken["include"] = matching(options.include, own)
+            if not taken["include"]:
+                raise OptionError(
+                    f"none of the patterns of include, {', '.join(map(repr, options.include))}, matches one of its "
+                    f"{len(own)} layers of the chosen layer_types: add one that does (the others go to the other "
+                    f"networks of the block), or take it out of network; {near_layers(options.include[0], own)}"
+                )
+        return taken
+
+
 def parse_block(content: Any, *, network: str, example: str) -> Block:
     """Read what a user has written: a mapping of options, or a bare number for the target.
 
@@ -82,12 +121,15 @@ def parse_block(content: Any, *, network: str, example: str) -> Block:
     if unnamed:
         raise OptionError(f"expected names of options, got {unnamed[0]!r}: write{example}")
     options = {name: value for name, value in content.items() if value is not None}
-    networks = options.pop("network", network)
-    if isinstance(networks, str):
-        networks = (networks,)
-    if not isinstance(networks, (list, tuple)) or not networks or not all(isinstance(name, str) for name in networks):
+    named = options.pop("network", network)
+    networks = (named,) if isinstance(named, str) else named
+    if (
+        not isinstance(networks, (list, tuple))
+        or not networks
+        or not all(isinstance(name, str) and name.strip() for name in networks)
+    ):
         raise OptionError(
-            f"network must be the name of a network or a list of them, such as {network!r}, got {networks!r}"
+            f"network must be the name of a network or a list of them, such as {network!r}, got {named!r}"
         )
     export = _take_export(options.pop("export", False), options)
     known = option_names().union(_OWN_KEYS)

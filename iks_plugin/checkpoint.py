@@ -43,7 +43,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix
     """The weights in a checkpoint of BasicSR, of MMagic, or of `torch.save(model.state_dict())`.
 
     Thresholds beside the weights, as a training with gates may have left them, are applied to them. The prefix
-    "module." of parallel training is taken off.
+    "module." of parallel training is taken off. What is no tensor with a name, such as a counter, is passed over.
 
     Args:
         path: a file that torch.save has written.
@@ -71,7 +71,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix
         raise IksError(
             f"{path}: expected a state dict {f'under {key!r}' if key else 'in the checkpoint'}, got none: {hint}"
         )
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if _is_named_tensor(name, value)}
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     chosen = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
@@ -96,7 +96,11 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], 
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(tensor, Tensor) for tensor in value.values())
+    return isinstance(value, Mapping) and any(_is_named_tensor(name, tensor) for name, tensor in value.items())
+
+
+def _is_named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def _gates_applied(state: dict[str, Tensor]) -> dict[str, Tensor]:

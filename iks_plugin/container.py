@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import entries
 from .codec import CodecError
-from .entries import ALIAS, Entry, SparseWeight
+from .entries import ALIAS, Entry, SparseWeight, is_printable
 from .errors import IksError
 from .files import whole_file
 from .quantize import VALUE_DTYPES
@@ -61,10 +61,10 @@ class FileInfo:
         if (
             not isinstance(raw, dict)
             or raw.keys() != FileInfo.__dataclass_fields__.keys()
-            or not isinstance(raw["plugin_version"], str)
-            or not isinstance(raw["model_class"], (str, type(None)))
+            or not is_printable(raw["plugin_version"])
+            or not (raw["model_class"] is None or is_printable(raw["model_class"]))
             or raw["value_dtype"] not in tuple(VALUE_DTYPES)
-            or not isinstance(raw["checkpoint_key"], (str, type(None)))
+            or not (raw["checkpoint_key"] is None or is_printable(raw["checkpoint_key"]))
         ):
             raise CodecError("what the index says of the file is not what this version writes")
         target = raw["target_sparsity"]
@@ -82,10 +82,14 @@ def to_bytes(
         axes: by name, the dimension of a weight that counts output channels; 0 where a name is missing.
 
     Raises:
-        IksError: a tensor is of a kind that the format cannot hold; the message names it.
+        IksError: a tensor is of a kind that the format cannot hold, or a name cannot be printed; the message names it.
     """
     from safetensors.numpy import save
 
+    for what, text in (("model_class", info.model_class), ("checkpoint_key", info.checkpoint_key)):
+        _check_printable(what, text or "")
+    for name in tensors:
+        _check_printable("a tensor's name", name)
     written: list[Entry] = []
     blobs: list[bytes] = []
     first: dict[Any, str] = {}
@@ -266,6 +270,11 @@ def _check_names(parsed: Iterable[Entry]) -> None:
             if (original.shape, original.dtype) != (entry.shape, entry.dtype):
                 raise CodecError(f"{entry.name!r} and what it is an alias of differ in shape or dtype")
         seen[entry.name] = entry
+
+
+def _check_printable(what: str, text: str) -> None:
+    if not is_printable(text):
+        raise IksError(f"{what}: expected text that can be printed, got {text!r}: rename it")
 
 
 def _is_flat_bytes(array: Any) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from . import laws, surgeon
 from .budget import RESOLVE_STEPS, refuse_idle, sparsity_for
 from .curvature import CurvatureWatcher
-from .errors import IksError, IksWarning, first_of
+from .errors import IksError, first_of, warn_user
 from .layers import Gated, Goal
 from .measure import all_shifts, count_raw_zeros, count_weights, count_zeros, unique
 from .optimizers import OptimizerWatcher
-from .options import Options, check_sparsity
+from .options import Options, check_leaves_some, check_sparsity
 from .quantize import check_value_dtype
 from .sizes import Budget, check_size
 
@@ -38,7 +37,7 @@ class SparsityController:
 
     def __init__(self, model: nn.Module, layers: dict[str, Gated], goal: Goal, options: Options) -> None:
         self._model = weakref.ref(model)
-        self._layers = {name: weakref.ref(layer) for name, layer in unique(layers).items()}  # tied ones once
+        self._layers = {name: weakref.ref(layer) for name, layer in layers.items()}
         self._goal = goal
         self._granularity = options.granularity
         self._law_name = options.law
@@ -83,7 +82,7 @@ class SparsityController:
     @target_sparsity.setter
     def target_sparsity(self, value: float) -> None:
         target = check_sparsity(value)
-        self._gated()  # raises where there is nothing left to drive
+        check_leaves_some(target, count_weights(self._gated().values()))  # raises where there is nothing left to drive
         self._goal.budget = None
         self._aim_at(target)
 
@@ -150,11 +149,9 @@ class SparsityController:
         """
         if self._watched_a_step:
             self._watched_a_step = False
-            warnings.warn(
+            warn_user(
                 "controller.step() counts a step that the controller has counted by itself: leave the call out, or "
                 "call controller.detach() before the loop",
-                IksWarning,
-                stacklevel=2,
             )
         self._count_step()
 
@@ -213,25 +210,21 @@ class SparsityController:
         missed = self._curvature.missed()
         if missed and not self._warned_of_missed_layers:
             self._warned_of_missed_layers = True
-            warnings.warn(
+            warn_user(
                 f"{len(missed)} rewritten layers ({first_of(missed)}) were trained in eval mode, got their input by "
                 'keyword, or change it or their output by themselves: the law "obs" cannot measure what the loss needs '
                 "of them, and their weights go by magnitude alone. Where it is one of the first two, call "
                 "model.train() before the training (and eval() on normalisation layers alone, where their statistics "
                 "are to stay), and pass inputs by position",
-                IksWarning,
-                stacklevel=5,
             )
 
     def _warn_of_lasting_zeros(self, zeros: int, weights: int) -> None:
         if zeros > laws.count_for(self.target_sparsity, weights) and not self._warned_of_lasting_zeros:
             self._warned_of_lasting_zeros = True
-            warnings.warn(
+            warn_user(
                 f"{zeros:,} of {weights:,} weights were zero before the training and stay zero, more than the target "
                 f"of {self.target_sparsity:.2%} asks for: the network was pruned already. Start from a dense one, or "
                 "ask for a higher target",
-                IksWarning,
-                stacklevel=6,
             )
 
     def detach(self) -> None:
@@ -243,6 +236,7 @@ class SparsityController:
     def _lose_a_layer(self) -> None:
         """A layer is gone: alone or, if the model lives on, replaced. Copies count over the same weights then."""
         gated = self._gated_left()
+        self._factors = None  # of tied layers another one may be the first now
         if gated and self._model() is not None:
             self._goal.weights = count_weights(gated.values())
         if not self._layers_left():
@@ -305,6 +299,11 @@ class SparsityController:
             IksError: the state is incomplete, of another version, or of a differently rewritten model; then nothing
                 changes.
         """
+        if not isinstance(state, Mapping):
+            raise IksError(
+                f"controller state: expected what controller.state_dict() gave, got {type(state).__name__}: save it "
+                "beside the model's and the optimizer's state"
+            )
         own = self.state_dict()
         missing = sorted(own.keys() - state.keys())
         if missing:
@@ -403,12 +402,13 @@ class SparsityController:
         return {name: layer for name, layer in self._layers_left().items() if isinstance(layer, Gated)}
 
     def _layers_left(self) -> dict[str, nn.Module]:
+        """Those that there are still, tied ones once."""
         layers: dict[str, nn.Module] = {}
         for name, reference in self._layers.items():
             layer = reference()
             if layer is not None:
                 layers[name] = layer
-        return layers
+        return unique(layers)
 
     def _layers_alive(self) -> dict[str, nn.Module]:
         layers = self._layers_left()
@@ -423,10 +423,8 @@ class SparsityController:
         return layers
 
     def _watched(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        for name, reference in self._layers.items():
-            layer = reference()
-            if isinstance(layer, Gated):
-                yield name, layer.raw_weight, layer.threshold
+        for name, layer in self._gated_left().items():
+            yield name, layer.raw_weight, layer.threshold
 
 
 def _share_of_zeros(layer: nn.Module) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ def hold(holder: object) -> None:
     torch before 2.6 has no such switch: 2.1 notices the hooks by itself.
     """
     global _stance
-    can_choose = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
-    if _stance is None and can_choose:  # where nothing has been compiled, it would take a second to import
+    if _stance is None and hasattr(torch.compiler, "set_stance"):
         _stance = torch.compiler.set_stance("force_eager")
     _holders.add(id(holder))
 

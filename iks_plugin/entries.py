@@ -94,6 +94,8 @@ class Entry:
         """
         if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
             raise CodecError("expected an entry with a name")
+        if not raw["name"].isprintable():
+            raise CodecError("the name has characters that cannot be printed")
         for key, is_right in _CHECKS.items():
             if not is_right(raw.get(key)):
                 raise CodecError(f"{key} has the impossible value {str(raw.get(key))[:60]!r}")
@@ -103,6 +105,11 @@ class Entry:
         entry = Entry(**fields)
         _check_fit(entry)
         return entry
+
+
+def is_printable(value: Any) -> bool:
+    """Whether `value` is text that can be shown in a terminal: no control characters, no halves of characters."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _whole(value: Any) -> bool:
@@ -127,7 +134,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "stored": _or_none(lambda value: value in (*_FLOATS, "int8")),
     "nonzeros": _or_none(_whole),
     "axis": _or_none(_whole),
-    "alias_of": _or_none(lambda value: isinstance(value, str)),
+    "alias_of": _or_none(is_printable),
 }
 
 

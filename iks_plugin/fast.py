@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -240,6 +241,8 @@ def _state(value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return id(value), version_of(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.dtype.str, value.shape, value.tobytes()
     if type(value) in (tuple, list):
         return tuple(map(_state, value))
     if type(value) is dict:

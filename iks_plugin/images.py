@@ -78,14 +78,19 @@ def upscale_files(upscaler: Upscaler, source: str | os.PathLike[str], out: str |
     if source.is_dir():
         return _upscale_folder(upscaler, source, out)
     start = time.perf_counter()
+    picture, result = _upscale_file(upscaler, source, out)
+    return f"{source}: {picture.size} -> {out}: {result.size}, {time.perf_counter() - start:.1f} s"
+
+
+def _upscale_file(upscaler: Upscaler, source: Path, out: Path, progress: bool | None = None) -> tuple[Picture, Picture]:
     picture = read_picture(source)
     if picture.alpha is not None and out.suffix.lower() in _NO_ALPHA:
         if (picture.alpha < 255).any():
             raise IksError(f"{source} has transparent pixels, which {out.suffix} files cannot have: write a .png file")
         picture = replace(picture, alpha=None)
-    result = enlarged(upscaler, picture)
+    result = enlarged(upscaler, picture, progress)
     write_picture(out, result)
-    return f"{source}: {picture.size} -> {out}: {result.size}, {time.perf_counter() - start:.1f} s"
+    return picture, result
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -97,7 +102,7 @@ def _upscale_folder(upscaler: Upscaler, source: Path, out: Path) -> str:
     _make_folder(out)
     for path in _bar(paths):
         try:
-            write_picture(out / path.name, enlarged(upscaler, read_picture(path), progress=False))
+            _upscale_file(upscaler, path, out / path.name, progress=False)
         except IksError as error:
             faults.append(str(error))
     if faults:
@@ -127,17 +132,31 @@ def read_picture(path: Path) -> Picture:
                 raise IksError(f"{path}: expected 8 bits a channel, got more: convert it first")
             if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # a camera's MPO has a preview besides
                 raise IksError(f"{path}: expected one picture, got {opened.n_frames} frames: take them apart first")
-            profile = opened.info.get("icc_profile") if opened.mode in ("RGB", "RGBA", "L", "LA") else None
+            profile = opened.info.get("icc_profile") if _keeps_colours(opened) else None
             image = _pillow("ImageOps").exif_transpose(opened)
             transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
             grey = image.mode in ("1", "L", "LA", "La")
             alpha = np.asarray(image.convert("RGBA").getchannel("A")) if transparent else None
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        # Pillow's plugins raise SyntaxError on broken headers; its own messages repeat the path.
-        reason = "not a picture that Pillow can read" if isinstance(error, pillow.UnidentifiedImageError) else error
-        raise IksError(f"{path}: unreadable: {reason}") from error
+    except IksError:
+        raise
+    except Exception as error:  # Pillow's plugins raise about anything on damaged files
+        raise IksError(f"{path}: unreadable: {reason_of(error)}") from error
     return Picture(pixels, alpha, profile)
+
+
+def reason_of(error: Exception) -> str:
+    """Why Pillow could not read a picture, in a line."""
+    if type(error).__name__ == "UnidentifiedImageError":  # its message repeats the path
+        return "not a picture that Pillow can read"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _keeps_colours(image: Any) -> bool:
+    """Whether its colours are RGB or grey in the file too, so that what a profile says of them stays true."""
+    if image.mode in ("P", "PA"):
+        return getattr(image.palette, "mode", None) in ("RGB", "RGBA")
+    return image.mode in ("RGB", "RGBA", "L", "LA")
 
 
 def enlarged(upscaler: Upscaler, picture: Picture, progress: bool | None = None) -> Picture:

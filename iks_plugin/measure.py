@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,14 @@ from .errors import IksError, first_of
 from .laws import critical_shifts
 from .layers import Gated
 
+Layer = TypeVar("Layer", bound=nn.Module)
 
-def unique(layers: Mapping[str, Gated]) -> dict[str, Gated]:
-    """`layers` without those that share the weight of an earlier one."""
-    first: dict[int, tuple[str, Gated]] = {}
+
+def unique(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Gated or plain `layers` without those that share the weight of an earlier one."""
+    first: dict[int, tuple[str, Layer]] = {}
     for name, layer in layers.items():
-        first.setdefault(id(layer.raw_weight), (name, layer))
+        first.setdefault(id(layer._parameters.get("weight", layer)), (name, layer))
     return dict(first.values())
 
 

@@ -50,8 +50,8 @@ def save(
 
     Raises:
         OptionError: `value_dtype` is none of these, or cannot hold a weight.
-        IksError: the state dict holds something other than tensors with values, or the file cannot be written; a file
-            that was there before is still there.
+        IksError: the state dict holds something other than tensors with values, a name has characters that cannot be
+            printed, or the file cannot be written; a file that was there before is still there.
     """
     with _state_of(model, value_dtype, checkpoint_key) as (tensors, info, axes):
         content, _ = container.to_bytes(tensors, info, axes)
@@ -86,7 +86,8 @@ def load(
     Args:
         path: a file that `save` has written.
         model: a module of the architecture that was saved, also on the device "meta" (its weights are then made here,
-            on the CPU). Its names and shapes must be the file's. Without a model the plain state dict is returned.
+            on the CPU, and what it ties stays tied). Its names and shapes must be the file's. Without a model the plain
+            state dict is returned.
         packed: keep the sparse layers' weights packed in memory, as `pack` does, and set the model to eval mode. Their
             dense weights are not made in loading.
 
@@ -116,6 +117,8 @@ def load(
         tensors = _dense_tensors(file, [entry for entry in file.entries if entry.name not in kept])
     on_meta = any(tensor.is_meta for tensor in (*bare.parameters(), *bare.buffers()))
     try:
+        if on_meta:
+            tensors = _to_assign(tensors, bare)
         bare.load_state_dict(tensors, strict=not packed, assign=on_meta)
     except RuntimeError as error:
         raise IksError(f"{os.fspath(path)}: the model does not take what the file holds: {error}") from error
@@ -147,6 +150,11 @@ def _check_fit(file: CompactFile, model: nn.Module) -> None:
             faults.append(f"  {name}: the model has no tensor there yet")
         elif name in theirs and tuple(tensor.shape) != theirs[name].shape:
             faults.append(f"  {name}: shape {tuple(tensor.shape)} in the model, {theirs[name].shape} in the file")
+    faults += [
+        f'  {name}: on the device "meta", and no file holds it (a buffer that is not persistent): make it on the CPU'
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if buffer.is_meta and name not in own
+    ]
     if faults:
         more = f"\n  ... and {len(faults) - 10} more" if len(faults) > 10 else ""
         made_of = f" (a {file.info.model_class})" if file.info.model_class else ""
@@ -166,6 +174,24 @@ def _dense_tensors(file: CompactFile, wanted: list[Entry] | tuple[Entry, ...]) -
         tensors[entry.name] = tensors[original.name]
     names = {entry.name for entry in wanted}
     return {name: tensor for name, tensor in tensors.items() if name in names}
+
+
+def _to_assign(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`tensors` as `model` can take them for its own: tied where its own are, and nowhere else."""
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names: dict[Tensor, list[str]] = {}
+    for name, tensor in own:
+        if name in tensors:
+            names.setdefault(tensor, []).append(name)
+    result, taken = dict(tensors), set[int]()
+    for old, tied in names.items():
+        values = tensors[tied[-1]]  # where they differ, the last one counts, as where they are copied
+        new = values.clone() if id(values) in taken else values
+        taken.add(id(values))
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        result.update(dict.fromkeys(tied, new))
+    return result
 
 
 def _packed_weights(file: CompactFile, layers: Mapping[str, nn.Module]) -> dict[str, PackedWeight]:

@@ -9,7 +9,6 @@ was begun then is begun anew by the next one.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -23,10 +22,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from .errors import IksError, IksWarning, first_of
+from .errors import IksError, first_of, warn_user
 
 _watchers: weakref.WeakSet[OptimizerWatcher] = weakref.WeakSet()
 _hooks: list[Any] = []
+_unprotected: weakref.WeakKeyDictionary[Optimizer, list[list[Parameter]]] = weakref.WeakKeyDictionary()
+"""The groups as they are between steps, of optimizers whose thresholds are kept from weight decay within a step."""
+_protected: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that were so once."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class OptimizerWatcher:
         on_begin: called before a step, with the ids of the watched weights that the optimizer holds.
         on_end: called without arguments after it.
         on_count: called without arguments after that, if it was the optimizer that holds the first threshold that
-            requires a gradient.
+            requires a gradient; where none does, the first weight.
     """
 
     def __init__(
@@ -69,8 +72,6 @@ class OptimizerWatcher:
         self._on_end = on_end
         self._on_count = on_count
         self._seen: weakref.WeakKeyDictionary[Optimizer, _Holding] = weakref.WeakKeyDictionary()
-        self._unprotected: weakref.WeakKeyDictionary[Optimizer, list[list[Parameter]]] = weakref.WeakKeyDictionary()
-        self._protected: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._warned_of_decay = False
         self._looked_for_idle_layers = False
         self._count_begun = False
@@ -78,15 +79,15 @@ class OptimizerWatcher:
     def start(self) -> None:
         if not _hooks:
             _keep_hooks_through_compile()
-            _hooks.append(register_optimizer_step_pre_hook(_before_step))
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
+            untraced: Any = torch.compiler.disable  # as a training step may be compiled as a whole
+            _hooks.append(register_optimizer_step_pre_hook(untraced(_before_step)))
+            _hooks.append(register_optimizer_step_post_hook(untraced(_after_step)))
         _watchers.add(self)
 
     def stop(self) -> None:
         _watchers.discard(self)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        self._restore(optimizer)
         holding = self._inspect(optimizer)
         if holding.weights:
             self._on_begin(holding.weights)
@@ -94,11 +95,8 @@ class OptimizerWatcher:
             self._count_begun = True
             if not self._looked_for_idle_layers:
                 self._warn_of_idle_layers(optimizer)
-        if holding.decays:
-            self._protect(optimizer)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        self._restore(optimizer)
         holding = self._inspect(optimizer)
         if holding.weights:
             self._on_end()
@@ -109,6 +107,7 @@ class OptimizerWatcher:
     def _inspect(self, optimizer: Optimizer) -> _Holding:
         groups = optimizer.param_groups
         lead = next((id(t) for _, _, t in self._pairs() if t.requires_grad), None)
+        lead = lead or next((id(w) for _, w, _ in self._pairs() if w.requires_grad), None)
         signature = (lead, *((len(group["params"]), bool(group.get("weight_decay"))) for group in groups))
         seen = self._seen.get(optimizer)
         if seen is None or seen.signature != signature:
@@ -122,27 +121,27 @@ class OptimizerWatcher:
             seen = self._seen[optimizer] = _Holding(signature, weights, lead in held, decays)
         return seen
 
-    def _protect(self, optimizer: Optimizer) -> None:
+    def protect(self, optimizer: Optimizer) -> None:
         """For the length of one step, move the decayed thresholds into a group of their own without decay.
 
         Whatever form of decay the optimizer has does not touch them so, while its groups look the same as ever to
-        learning-rate schedulers and in its state dict.
+        learning-rate schedulers and in its state dict. Called after `before_step` of every watcher.
         """
+        if not self._seen[optimizer].decays:
+            return
         if not self._warned_of_decay:
             self._warned_of_decay = True
-            warnings.warn(
+            warn_user(
                 f"{type(optimizer).__name__} has weight decay on the thresholds, which would pull them towards 0 and "
                 "close the gates of whole layers: the decay is kept off them at every step. To be rid of this warning, "
                 "build the optimizer from controller.param_groups() instead of model.parameters()",
-                IksWarning,
-                stacklevel=5,
             )
         thresholds = {id(t) for _, _, t in self._pairs()}
         groups = optimizer.param_groups
-        if optimizer not in self._protected:
-            self._protected.add(optimizer)
-            optimizer.register_state_dict_pre_hook(self._restore)  # a step may fail, and a state be saved after that
-        self._unprotected[optimizer] = [group["params"] for group in groups]
+        if optimizer not in _protected:
+            _protected.add(optimizer)
+            optimizer.register_state_dict_pre_hook(_restore)  # a step may fail, and a state be saved after that
+        _unprotected.setdefault(optimizer, [group["params"] for group in groups])
         for group in list(groups):
             mine = [p for p in group["params"] if id(p) in thresholds]
             if mine and group.get("weight_decay"):
@@ -154,32 +153,30 @@ class OptimizerWatcher:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [(name, t) for name, _, t in self._pairs() if id(t) in held and t.requires_grad]
         idle = [name for name, t in mine if t.grad is None]
-        frozen = [name for name, _, t in self._pairs() if not t.requires_grad]
+        frozen = [name for name, w, t in self._pairs() if not (w.requires_grad or t.requires_grad)]
         self._looked_for_idle_layers = True
         if frozen:
-            warnings.warn(
+            warn_user(
                 f"{len(frozen)} rewritten layers do not require a gradient in the first step: they get zeros without "
                 "being trained. If they stay frozen, freeze them before sparsify, which leaves frozen layers alone, or "
                 f"leave them out: sparsify(..., exclude={frozen})",
-                IksWarning,
-                stacklevel=5,
             )
         if idle and len(idle) < len(mine):
-            warnings.warn(
+            warn_user(
                 f"{len(idle)} rewritten layers got no gradient in the first step: they do not learn, yet their zeros "
                 "count towards the target. And where a block writes a merged kernel into such a layer in eval mode "
                 "(re-parametrisation), what it writes is lost and its output wrong. If they are idle in every step, "
                 f"leave them out: sparsify(..., exclude={idle})",
-                IksWarning,
-                stacklevel=5,
             )
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        original = self._unprotected.pop(optimizer, None)
-        if original is not None:
-            del optimizer.param_groups[len(original) :]
-            for group, params in zip(optimizer.param_groups, original, strict=True):
-                group["params"] = params
+
+def _restore(optimizer: Optimizer) -> None:
+    """Undo what `protect` did, by however many watchers."""
+    original = _unprotected.pop(optimizer, None)
+    if original is not None:
+        del optimizer.param_groups[len(original) :]
+        for group, params in zip(optimizer.param_groups, original, strict=True):
+            group["params"] = params
 
 
 def groups_without_decay(
@@ -221,11 +218,16 @@ def _keep_hooks_through_compile() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for watcher in list(_watchers):
+    _restore(optimizer)  # the step before, or one that this one runs in, may not have come to its end
+    watchers = list(_watchers)
+    for watcher in watchers:
         watcher.before_step(optimizer)
+    for watcher in watchers:
+        watcher.protect(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _restore(optimizer)
     for watcher in list(_watchers):
         watcher.after_step(optimizer)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
-from .laws import LAWS, PAPER_EPOCHS, ExactLaw, PaperLaw, make_law
+from .laws import LAWS, PAPER_EPOCHS, ExactLaw, PaperLaw, count_for, make_law
 from .layers import CONVOLUTIONS, GRANULARITIES, SUPPORTED_TYPES
 from .quantize import check_value_dtype
 from .sizes import Budget, check_size
@@ -156,6 +156,14 @@ def check_sparsity(value: Any, name: str = "target_sparsity") -> float:
             f"{expected}, got {value}{why}: give the fraction of weights that are to become zero, such as 0.9"
         )
     return number
+
+
+def check_leaves_some(target_sparsity: float, weights: int) -> None:
+    """Raise an OptionError where so many zeros, rounded, are all of the `weights`."""
+    if weights and count_for(target_sparsity, weights) == weights:
+        raise OptionError(
+            f"target_sparsity {target_sparsity} of {weights} weights, rounded, is all of them: none would be left"
+        )
 
 
 def _number_meant(text: str) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
 from . import entries
-from .errors import IksError, IksWarning
+from .errors import IksError, warn_user
 from .fast import slow_down, speed_up
 from .layers import output_axis
 from .quantize import check_value_dtype
@@ -21,8 +19,9 @@ def pack(model: nn.Module, value_dtype: str = "float32") -> nn.Module:
 
     For inference with a finalized model, or one that was pruned by another tool: convolutions and linear layers whose
     weight holds zeros are packed where that makes them smaller. They compute what they did before, for "float32" to
-    the bit, and a dense weight exists for one layer at a time. `state_dict()` gives plain dense weights;
-    `model.parameters()` no longer has the packed ones, and training, like `load_state_dict`, needs `unpack`.
+    the bit (float64 weights are rounded to it), and a dense weight exists for one layer at a time. `state_dict()` gives
+    plain dense weights; `model.parameters()` no longer has the packed ones, and training, like `load_state_dict`, needs
+    `unpack`.
 
     Args:
         model: any module without gates.
@@ -52,11 +51,9 @@ def pack(model: nn.Module, value_dtype: str = "float32") -> nn.Module:
             chosen[layer] = packed[id(weight)]
     swap_in(chosen)
     if not chosen:
-        warnings.warn(
+        warn_user(
             "no layer of the model was packed: none has zeros enough to become smaller. After a training call "
             "iks_plugin.finalize(model) first",
-            IksWarning,
-            stacklevel=2,
         )
     else:
         speed_up(model)

@@ -7,7 +7,6 @@ everything first and change the model afterwards, so a call that fails leaves it
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from .budget import first_sparsity_for, sparsity_for
 from .control import SparsityController, controllers_of
-from .errors import IksError, IksWarning, OptionError
+from .errors import IksError, OptionError, warn_user
 from .laws import count_for, project
 from .layers import (
     Gated,
@@ -32,7 +31,7 @@ from .layers import (
     remove_gate,
 )
 from .measure import all_shifts, count_weights, unique, zeros_in
-from .options import Options, check_sparsity
+from .options import Options, check_leaves_some, check_sparsity
 from .runtime import is_packed
 from .selection import select
 
@@ -142,11 +141,7 @@ def sparsify(
         target = first_sparsity_for(model, parameters, options.budget)  # type: ignore[arg-type]
     assert target is not None
     goal = Goal(target, count_weights(weights.values()), options.budget)
-    if count_for(goal.target_sparsity, goal.weights) == goal.weights:
-        raise OptionError(
-            f"target_sparsity {goal.target_sparsity} of {goal.weights} weights, rounded, is all of them: "
-            "none would be left"
-        )
+    check_leaves_some(goal.target_sparsity, goal.weights)
     settings = GateSettings(options.granularity, options.threshold_init, goal)
     thresholds = {weight: new_threshold(layer, settings) for weight, layer in weights.items()}
 
@@ -176,6 +171,7 @@ def _adopt(model: nn.Module, layers: dict[str, Gated], options: Options) -> Spar
         target = sparsity_for(model, unique(layers), options.budget, guess=0.9)
     assert target is not None
     goal = Goal(target, count_weights(unique(layers).values()), options.budget)
+    check_leaves_some(goal.target_sparsity, goal.weights)
     for layer in layers.values():
         layer._iks = replace(layer._iks, goal=goal)
     return SparsityController(model, layers, goal, options)
@@ -201,7 +197,7 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
         The same object.
 
     Raises:
-        OptionError: the target is not in [0, 1).
+        OptionError: the target is not in [0, 1), or leaves no weight.
         IksError: the model is not rewritten, only a part of a rewritten model, or its weights are not finite. It is
             unchanged.
 
@@ -346,7 +342,9 @@ def projected_weights(
                 "counts over all of it: finalize the whole. Where layers were replaced since sparsify, delete what "
                 "still refers to the old ones first"
             )
-        if goal.budget is not None and target_sparsity is None:
+        if target_sparsity is not None:
+            check_leaves_some(target_sparsity, weights)
+        elif goal.budget is not None:
             target = sparsity_for(model, members, goal.budget, guess=goal.target_sparsity, trains_on=False)
         shifts = all_shifts(members)
         gated = [layer.weight for layer in members.values()]
@@ -363,20 +361,16 @@ def projected_weights(
 
 def _warn_if_far(trained: int, met: int, zeros: int, weights: int) -> None:
     if abs(trained - met) > FAR * weights:
-        warnings.warn(
+        warn_user(
             f"training ended at {trained / weights:.1%} zeros, and the target is {zeros / weights:.1%}: to meet it, "
             f"{abs(trained - met):,} of {weights:,} weights are changed without training, which costs quality. "
             "Train longer, or pass total_steps (or a shorter ramp_steps) to sparsify",
-            IksWarning,
-            stacklevel=5,  # past no_grad's wrapper, to the caller of finalize
         )
 
 
 def _warn_if_short(reached: int, zeros: int) -> None:
     if reached > zeros:
-        warnings.warn(
+        warn_user(
             f"{reached - zeros:,} more weights are zero than the target asks for: they were zero before the gate and "
             "have no value to come back to",
-            IksWarning,
-            stacklevel=5,  # past no_grad's wrapper, to the caller of finalize
         )

@@ -38,9 +38,7 @@ def select(model: nn.Module, options: Options) -> Selection:
     _check_model(model)
     names = _names_of(model)
     layers = {known_as[0]: (module, known_as) for module, known_as in names.items() if holds_kernel(module)}
-    _check_patterns(
-        options, [known_as for module, known_as in layers.values() if isinstance(module, options.layer_types)]
-    )
+    check_patterns(options, names_of_layers(model, options.layer_types), "the model's")
 
     written = written_by_blocks(names)
     chosen: dict[str, nn.Module] = {}
@@ -96,6 +94,17 @@ def holds_kernel(module: nn.Module) -> bool:
     return isinstance(weight, UninitializedParameter) or (isinstance(weight, Tensor) and weight.ndim >= 2)
 
 
+def names_of_layers(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> list[list[str]]:
+    """What patterns are matched with: of each layer of `layer_types` all the names that lead to it."""
+    names = _names_of(model).items()
+    return [known_as for module, known_as in names if holds_kernel(module) and isinstance(module, layer_types)]
+
+
+def matching(patterns: Iterable[str], layers: list[list[str]]) -> tuple[str, ...]:
+    """Those of `patterns` that match one of `layers`, given by all their names."""
+    return tuple(pattern for pattern in patterns if any(_matches(pattern, known_as) for known_as in layers))
+
+
 def _matches(pattern: str, known_as: Iterable[str]) -> bool:
     """Whether `pattern` matches one of a module's names, or a container around it ("body" covers "body.0.conv1")."""
     return any(
@@ -105,19 +114,29 @@ def _matches(pattern: str, known_as: Iterable[str]) -> bool:
     )
 
 
-def _check_patterns(options: Options, layers: list[list[str]]) -> None:
+def check_patterns(options: Options, layers: list[list[str]], whose: str) -> None:
+    """Raise an `OptionError` for a pattern of `include` or `exclude` that matches none of `layers`.
+
+    Args:
+        layers: all the names of each.
+        whose: such as "the model's", for messages.
+    """
     for option, patterns in (("include", options.include or ()), ("exclude", options.exclude)):
+        found = matching(patterns, layers)
         for pattern in patterns:
-            if any(_matches(pattern, known_as) for known_as in layers):
-                continue
-            names = {known_as[0] for known_as in layers}
-            containers = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-            near = near_misses(pattern, names | containers)
-            hint = f"near misses: {', '.join(map(repr, near))}" if near else f"the first are {sorted(names)[:5]}"
-            raise OptionError(
-                f"{option} pattern {pattern!r} matches none of the model's {len(names)} "
-                f"layers of the chosen layer_types; {hint}"
-            )
+            if pattern not in found:
+                raise OptionError(
+                    f"{option} pattern {pattern!r} matches none of {whose} {len(layers)} layers of the chosen "
+                    f"layer_types; {near_layers(pattern, layers)}"
+                )
+
+
+def near_layers(pattern: str, layers: list[list[str]]) -> str:
+    """How a message about a `pattern` that matches none of `layers` ends."""
+    names = {known_as[0] for known_as in layers}
+    containers = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    near = near_misses(pattern, names | containers)
+    return f"near misses: {', '.join(map(repr, near))}" if near else f"the first are {sorted(names)[:5]}"
 
 
 def _out_of_scope(module: nn.Module, known_as: list[str], options: Options) -> str | None:

@@ -47,15 +47,17 @@ def prune(layers: Mapping[str, Gated], curvature: Mapping[str, Curvature], zeros
         zeros: between the number of raw zeros and that of all weights.
         score: the law's.
     """
-    missing = zeros - zeros_in(layer.weight for layer in layers.values())
-    if missing < 0:
-        _wake(layers, -missing)
-    elif missing:
-        weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        staying = _choose(layers, weights, all_scores(layers, weights, curvature, score), missing)
-        for name, layer in layers.items():
-            _operate(layer, weights[name], staying[name], curvature.get(name))
-    _agree(layers)
+    device = next(iter(layers.values())).raw_weight.device.type
+    with torch.autocast(device, enabled=False):  # an optimizer may step within one, which would solve in bfloat16
+        missing = zeros - zeros_in(layer.weight for layer in layers.values())
+        if missing < 0:
+            _wake(layers, -missing)
+        elif missing:
+            weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+            staying = _choose(layers, weights, all_scores(layers, weights, curvature, score), missing)
+            for name, layer in layers.items():
+                _operate(layer, weights[name], staying[name], curvature.get(name))
+        _agree(layers)
 
 
 def _choose(
@@ -112,7 +114,7 @@ def sensitivities(layer: Gated, curvature: Curvature) -> Tensor:
 def damped(inputs: Tensor, share: float = DAMPING) -> Tensor:
     """H with a little more on the diagonal, as much for all inputs: the others are to stay near what they were."""
     mean = inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
-    identity = torch.eye(inputs.shape[-1], device=inputs.device)
+    identity = torch.eye(inputs.shape[-1], device=inputs.device, dtype=inputs.dtype)
     return inputs + (share * mean + 1e-12)[..., None, None] * identity
 
 
@@ -152,12 +154,13 @@ def _operate(layer: Gated, weight: Tensor, stays: Tensor, curvature: Curvature |
     if not bool(going.any()):
         return
     if curvature is not None:
-        n = curvature.inputs.shape[-1]
-        with_bias = n > _rows(layer, weight, None).shape[-1]
-        bias: Tensor | None = layer.bias if with_bias else None  # type: ignore[assignment]
+        moments, n = curvature.inputs, _rows(layer, weight, None).shape[-1]
+        bias: Tensor | None = layer.bias if moments.shape[-1] > n else None  # type: ignore[assignment]
+        if bias is not None and not bias.requires_grad:  # it is to stay what it is
+            bias, moments = None, moments[..., :n, :n]
         rows = _rows(layer, weight.float(), None if bias is None else bias.detach().float())
         support = _rows(layer, stays, None if bias is None else torch.ones_like(bias, dtype=torch.bool))
-        solved = compensated(rows, support, damped(curvature.inputs))
+        solved = compensated(rows, support, damped(moments))
         if bias is not None:
             bias.copy_(solved[..., -1].reshape(bias.shape))
             solved = solved[..., :-1]

@@ -87,8 +87,8 @@ def upscale(
 
     Raises:
         OptionError: an option has a wrong type or value.
-        IksError: the image is none of these; the network fails, or its answer is no such image; exact tiles are not
-            possible for it.
+        IksError: the image is none of these; the network fails, or its answer is no such image; its answer to an array
+            has other than 3 channels, or in grey 1 or 3; exact tiles are not possible for it.
 
     Warns:
         IksWarning: the tiles see many times the image in all, as the network looks far beyond them.
@@ -208,6 +208,7 @@ class _Canvas:
         return self._image
 
     def put(self, answer: Tensor, tile: Tile) -> None:
+        self._check(answer.shape[1])
         part = tile.part(answer, self.scale)
         if self.grey:
             part = part.mean(dim=1, keepdim=True)
@@ -216,6 +217,14 @@ class _Canvas:
         if self._image is None:
             self._image = self._blank(*part.shape[:2])
         tile.place(self._image, self.scale).copy_(part)
+
+    def _check(self, channels: int) -> None:
+        if self.source.dtype == torch.uint8 and channels not in ((1, 3) if self.grey else (3,)):
+            kind, expected = ("grey", "1 or 3") if self.grey else ("colour", "3")
+            raise IksError(
+                f"of an image in {kind} the network must make {expected} channels, got {channels}: take another "
+                "network, or give the image as a floating tensor, of which any number can be made"
+            )
 
     def _blank(self, n: int, channels: int) -> Tensor:
         height, width = (self.scale * side for side in self.source.shape[2:])

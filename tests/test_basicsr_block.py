@@ -54,6 +54,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"target_sparsity": 0.9, "network": 3},
         "network must be the name of a network or a list of them, such as 'network_g', got 3",
     ),
+    "network, empty": (
+        {"target_sparsity": 0.9, "network": ""},
+        "network must be the name of a network or a list of them, such as 'network_g', got ''",
+    ),
+    "network, one empty": (
+        {"target_sparsity": 0.9, "network": ["network_g", " "]},
+        r"network must be the name of a network .*, got \['network_g', ' '\]",
+    ),
     "no network": ({"target_sparsity": 0.9, "network": []}, r"network must be the name of a network.*got \[\]"),
     "long ramp": ({"target_sparsity": 0.9, "ramp_steps": 21}, r"ramp_steps must be at most total_steps \(20\), got 21"),
     "long total": (
@@ -190,14 +198,20 @@ def test_without_a_block_there_is_nothing_to_read(tmp_path):
         ("network_d", {"total_iter": 100, "net_d_iters": 2, "net_d_init_iters": 10}, 100),
     ],
 )
-def test_steps_of_an_optimizer(network, train, steps):
+def test_steps_of_an_optimizer_of_a_gan(network, train, steps):
     counted = sum(
         1
         for step in range(1, int(train["total_iter"]) + 1)
         if network == "network_d"
         or (step % (train.get("net_d_iters") or 1) == 0 and step > (train.get("net_d_init_iters") or 0))
     )
-    assert optimizer_steps(network, {"train": train}) == steps == counted
+    assert optimizer_steps(network, {"train": train, "network_d": toys.UNET_DISCRIMINATOR}) == steps == counted
+
+
+@pytest.mark.parametrize("rest", [{}, {"network_d": None}])
+def test_what_is_left_of_a_gan_in_the_options_of_another_model_skips_no_steps(rest):
+    train = {"total_iter": 100, "net_d_iters": 2, "net_d_init_iters": 100}
+    assert optimizer_steps("network_g", {"train": train, **rest}) == 100
 
 
 def test_a_generator_that_is_never_trained_is_refused(tmp_path):
@@ -315,10 +329,36 @@ def test_a_checkpoint_whose_thresholds_do_not_fit_is_refused(tmp_path):
     assert "Save the latest model." in toys.train(opt, tmp_path)
 
 
-def test_dense_weights_that_do_not_fit_fail_as_in_basicsr(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "prefix", "message"),
+    [
+        ({"num_feat": 12}, "", "size mismatch for conv_first.weight"),
+        ({"num_block": 0}, "", 'Missing .*"body.0.conv1.weight", .*"body.0.conv1.threshold"'),
+        ({"num_block": 2}, "", 'Unexpected .*"body.1.conv1.weight"'),
+        ({}, "net.", 'Missing .*"conv_first.weight"'),
+    ],
+    ids=["wider", "fewer blocks", "more blocks", "other names"],
+)
+def test_dense_weights_that_do_not_fit_fail_as_in_basicsr(change, prefix, message, tmp_path):
     from basicsr.archs import build_network
 
-    torch.save({"params": build_network({**toys.EDSR, "num_feat": 12}).state_dict()}, tmp_path / "other.pth")
+    state = build_network({**toys.EDSR, **change}).state_dict()
+    torch.save({"params": {f"{prefix}{key}": value for key, value in state.items()}}, tmp_path / "other.pth")
     toys.write_images(tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch for conv_first.weight"):
+    with pytest.raises(RuntimeError, match=message):
         toys.train(toys.options(tmp_path, path={"pretrain_network_g": str(tmp_path / "other.pth")}), tmp_path)
+
+
+def test_thresholds_of_layers_that_the_block_leaves_alone_are_its_fault(tmp_path):
+    from basicsr.archs import build_network
+
+    net = build_network(toys.EDSR)
+    iks_plugin.sparsify(net, 0.9)
+    torch.save({"params": net.state_dict()}, tmp_path / "published.pth")
+    toys.write_images(tmp_path)
+    opt = toys.options(tmp_path, iks={"target_sparsity": 0.9, "exclude": "upsample.*"})
+    opt["path"]["pretrain_network_g"] = str(tmp_path / "published.pth")
+    with pytest.raises(
+        IksError, match=r'(?s)published.pth does not fit the block iks .*Unexpected .*"upsample.0.threshold"'
+    ):
+        toys.train(opt, tmp_path)

@@ -16,7 +16,7 @@ from basicsr.models import build_model
 from basicsr.utils.registry import MODEL_REGISTRY
 
 import basicsr_toys as toys
-from iks_plugin import IksError, IksWarning
+from iks_plugin import IksError, IksWarning, OptionError
 from iks_plugin.gate import soft_threshold
 
 EMA = {"train": {"ema_decay": 0.5}}
@@ -263,19 +263,52 @@ def test_the_generator_alone_becomes_sparse_unless_told_otherwise(tmp_path):
     assert "sparsity: " in log and "sparsity_g" not in log
     assert not any((value == 0).any() for value in toys.saved(tmp_path, "net_d_latest.pth")["params"].values())
 
-    opt["iks"] = {"target_sparsity": 0.5, "network": ["network_g", "network_d"], "include": "conv_*"}
-    opt["network_d"] = {"type": "VGGStyleDiscriminator", "num_in_ch": 3, "num_feat": 8, "input_size": 128}
-    opt["iks"].pop("include")
-    toys.write_images(tmp_path, size=128)
-    opt["datasets"]["train"]["gt_size"] = 128
-    opt["train"]["total_iter"] = 4
-    opt["logger"]["print_freq"] = 2
+    opt = two_sparse_networks(tmp_path)
     log = toys.train(opt, tmp_path)
     assert re.search(r"sparsity_g: \S+ sparsity_d: \S+", log)
     for key, name in (("network_g", "net_g_latest.pth"), ("network_d", "net_d_latest.pth")):
         params = toys.saved(tmp_path, name)["params"]
         zeros, weights = toys.zeros_and_weights(params, toys.convolutions_within(build_network(opt[key])))
         assert zeros == round(0.5 * weights)
+
+
+def two_sparse_networks(folder: Path, **block: Any) -> dict[str, Any]:
+    """The options of a short training of a GAN that makes generator and discriminator sparse."""
+    opt = prepared(folder, "SRGANModel")
+    opt["iks"] = {"target_sparsity": 0.5, "network": ["network_g", "network_d"], **block}
+    opt["network_d"] = {"type": "VGGStyleDiscriminator", "num_in_ch": 3, "num_feat": 8, "input_size": 128}
+    toys.write_images(folder, size=128)
+    opt["datasets"]["train"]["gt_size"] = 128
+    opt["train"]["total_iter"] = 4
+    opt["val"]["val_freq"] = 2
+    opt["logger"]["print_freq"] = 2
+    return opt
+
+
+def test_several_networks_have_patterns_and_tags_of_their_own(tmp_path):
+    opt = two_sparse_networks(tmp_path, exclude=["upconv*", "conv[34]_*"])
+    opt["logger"]["use_tb_logger"] = True
+    toys.train(opt, tmp_path)
+    left_alone = {"net_g_latest.pth": ["upconv1"], "net_d_latest.pth": ["conv3_0", "conv4_1"]}
+    for name, layers in left_alone.items():
+        assert toys.zeros_and_weights(toys.saved(tmp_path, name)["params"], layers)[0] == 0, name
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb_logger" / "run")).Reload()
+    ours = {tag for tag in events.Tags()["scalars"] if tag.startswith("iks")}
+    assert {"iks/network_g/sparsity", "iks/network_d/sparsity", "iks_layers/network_g/body.0.conv1"} <= ours
+    assert {"iks_layers/network_d/conv0_1"} <= ours and all("/network_" in tag for tag in ours)
+    for tag in ours:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps and len(set(steps)) == len(steps), tag
+
+
+def test_a_pattern_that_matches_in_no_network_is_refused(tmp_path):
+    opt = two_sparse_networks(tmp_path, exclude=["upconv*", "conv9_*"])
+    with pytest.raises(OptionError, match=r"exclude pattern 'conv9_\*' matches none of network_g's and network_d's"):
+        toys.train(opt, tmp_path)
+    assert not list((tmp_path / "experiments" / "run" / "models").iterdir())
 
 
 @pytest.mark.parametrize(("every", "idle"), [(1, 0), (2, 0), (2, 5), (1, 12), (3, 7)])
@@ -407,12 +440,11 @@ def test_an_ema_copy_that_is_new_starts_as_the_network(tmp_path):
     opt["train"].update(ema_decay=0.5, total_iter=21)
     opt["logger"]["save_checkpoint_freq"] = 1
     toys.train(opt, tmp_path, "--auto_resume")
-    networks = toys.saved(tmp_path, "21.state", "training_states")["iks"]["networks"]
-    before = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["net_g"]["network"]
-    torch.testing.assert_close(
-        networks["net_g_ema"]["network"]["conv_first.weight"],
-        0.5 * before["conv_first.weight"] + 0.5 * networks["net_g"]["network"]["conv_first.weight"],
-    )
+    average = toys.saved(tmp_path, "21.state", "training_states")["iks"]["networks"]["net_g_ema"]["network"]
+    before, after = (gated_weights_after(iteration, tmp_path) for iteration in (20, 21))
+    for name in ("conv_first.weight", "body.0.conv1.weight"):
+        torch.testing.assert_close(average[name], 0.5 * before[name] + 0.5 * after[name])
+    assert average["body.0.conv1.threshold"].max() < -50  # it takes nothing off the mean
 
 
 def test_a_resume_that_ends_before_the_ramp_is_warned_of(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +36,25 @@ def test_figures_of_a_network(pruned: nn.Module) -> None:
     assert {layer.path for layer in result.layers} <= {"stream", "torch"}
 
 
+def test_layouts_of_memory_are_made_before_anything_is_timed(pruned: nn.Module) -> None:
+    seen = []
+    pack = iks_plugin.pack(pruned)
+
+    def look(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if type(layer) is nn.Conv2d and layer.in_channels == 16 and layer.out_channels == 16:
+            last = [t.is_contiguous(memory_format=torch.channels_last) for t in (layer.weight, *inputs)]
+            seen.append((last[0], last[1]))
+
+    with mock.patch.object(nn.Module, "to", autospec=True, side_effect=nn.Module.to) as to:
+        handle = nn.modules.module.register_module_forward_pre_hook(look)
+        try:
+            bench(pack, (20, 33), rounds=4)
+        finally:
+            handle.remove()
+    assert to.call_count <= 2
+    assert {(False, False), (True, True)} == set(seen)
+
+
 def test_the_command(pruned: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     iks_plugin.save(pruned, tmp_path / "m.iks")
     arguments = ["bench", str(tmp_path / "m.iks"), "--arch", ARCH, "--size", "33x20", "--rounds", "1", "--threads", "1"]
@@ -58,6 +78,11 @@ def test_a_network_for_grey_images_or_for_none() -> None:
     [
         (["--size", "320"], "size must be width x height in pixels, such as 320x180, got '320'"),
         (["--size", "0x10"], "size must be width x height"),
+        (
+            ["--size", "10000000x10000000"],
+            "the network takes no image of 10000000 x 10000000 pixels, with 3 channels (",
+        ),
+        (["--size", f"{10**12}x{10**12}"], "expected a network for one such image, try another --size"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "-1"], "--threads must be at least 1, got -1"),
     ],

@@ -27,6 +27,7 @@ LAYOUTS = {
     "a common one": ({"epoch": 3, "model_state_dict": STATE, "optimizer": {}}, "model_state_dict", "model_state_dict"),
     "a tensor beside": ({"state_dict": STATE, "best_psnr": torch.tensor(31.2)}, "state_dict", "state_dict"),
     "a counter beside": ({**STATE, "epoch": 3}, None, None),
+    "a tensor without a name beside": ({**STATE, 0: torch.ones(2)}, None, None),
     "parallel": ({f"module.{name}": tensor for name, tensor in STATE.items()}, None, None),
     "parameters": ({name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()}, None, None),
 }
@@ -129,6 +130,8 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes | None, mes
         ([1, 2], "expected a checkpoint with a state dict, got a list"),
         ({"epoch": 3}, "expected a state dict in the checkpoint, got none: it holds none"),
         ({}, "it holds none"),
+        ({0: torch.ones(2)}, "expected a state dict in the checkpoint, got none: it holds none"),
+        ({"params": {0: torch.ones(2)}}, "expected a state dict in the checkpoint, got none: it holds none"),
         (torch.ones(3), "expected a checkpoint with a state dict, got a Tensor"),
         (
             torch.nn.Linear(2, 2),
@@ -184,6 +187,14 @@ def test_what_is_written_is_read(tmp_path: Path, key: str | None) -> None:
     assert read_checkpoint(tmp_path / "c.pth").key == key
     content = torch.load(tmp_path / "c.pth", weights_only=True)
     assert toys.states_equal(dict(content if key is None else content[key]), STATE)
+
+
+def test_the_same_state_gives_the_same_file(tmp_path: Path) -> None:
+    files = set()
+    for _ in range(3):
+        write_checkpoint(tmp_path / "c.pth", STATE, "params")
+        files.add((tmp_path / "c.pth").read_bytes())
+    assert len(files) == 1
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

@@ -257,6 +257,31 @@ def test_inspecting_a_damaged_file_is_an_error(checkpoint: Path, capsys: pytest.
     assert not checkpoint.with_name("r.pth").exists()
 
 
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", LONG],
+        ["export", LONG, "o.iks"],
+        ["export", "{checkpoint}", LONG],
+        ["restore", LONG, "o.pth"],
+        ["upscale", LONG, "o.png", "--model", "m.iks"],
+        ["bench", LONG, "--arch", "toys:plain_sr"],
+        ["demo", "--quick", "--data", LONG],
+        ["demo", "--quick", "--out", LONG],
+    ],
+    ids=lambda command: " ".join(command).replace(LONG, "LONG"),
+)
+def test_names_that_are_too_long(command: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if command[0] == "upscale":
+        pytest.importorskip("PIL")
+    assert main([part.format(checkpoint=checkpoint) for part in command]) == WRONG_USE
+    message = capsys.readouterr().err
+    assert message.startswith("iks: error: ") and message.count("\n") == 1 and LONG in message
+
+
 @pytest.mark.parametrize(
     "command", [["inspect", "no.iks"], ["export", "no.pth", "o.iks"], ["restore", "no.iks", "o.pth"]]
 )

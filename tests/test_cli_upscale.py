@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 from unittest import mock
@@ -133,6 +134,17 @@ def test_alpha_without_a_use_is_no_obstacle() -> None:
     assert Image.open("out.jpg").mode == "RGB"
 
 
+def test_alpha_of_pictures_in_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same rule as for one picture. Pillow goes by what is in a file, not by its name."""
+    Path("some").mkdir()
+    picture("some/opaque.jpg", mode="RGBA", format="PNG")
+    assert run("some", "large", "--model", "edsr.iks", *ARGS) == 0
+    assert Image.open("large/opaque.jpg").mode == "RGB"
+    picture("some/glass.jpg", pixels(8, 8, 4), format="PNG")
+    message = refused(capsys, "some", "large", "--model", "edsr.iks", *ARGS)
+    assert "some/glass.jpg has transparent pixels, which .jpg files cannot have: write a .png file" in message
+
+
 def test_a_transparent_colour() -> None:
     picture("in.png", np.zeros((8, 8, 3), np.uint8), transparency=(0, 0, 0))
     assert run("in.png", "out.png", "--model", "edsr.iks", *ARGS) == 0
@@ -147,6 +159,24 @@ def test_pictures_are_turned_upright_and_keep_their_profile() -> None:
     result = Image.open("out.jpg")
     assert result.size == (60, 82) and result.info["icc_profile"] == b"a profile"
     assert result.getexif().get(0x0112) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "kept"),
+    [
+        ("RGB", "in.png", True),
+        ("L", "in.png", True),
+        ("RGBA", "in.png", True),
+        ("P", "in.png", True),
+        ("P", "in.tif", True),
+        ("CMYK", "in.tif", False),  # becomes RGB, which its profile says nothing of
+    ],
+)
+def test_profiles(mode: str, name: str, kept: bool) -> None:
+    picture(name, mode=mode, icc_profile=b"a profile")
+    assert Image.open(name).mode == mode and Image.open(name).info["icc_profile"] == b"a profile"
+    assert run(name, "out.png", "--model", "edsr.iks", *ARGS) == 0
+    assert Image.open("out.png").info.get("icc_profile") == (b"a profile" if kept else None)
 
 
 class LumaNetwork(nn.Sequential):
@@ -171,6 +201,23 @@ def test_networks_of_one_channel(mode: str) -> None:
     assert np.abs(np.asarray(result).astype(int) - np.asarray(expected)).mean() < 6
 
 
+class ManyChannels(nn.Sequential):
+    """Of colours, it makes so many channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.Conv2d(3, 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+
+
+@pytest.mark.parametrize("tiles", [[], ["--tile", "16"]], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_networks_that_make_no_colours(channels: int, tiles: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(ManyChannels(channels).state_dict(), "many.pth")
+    network = ["--model", "many.pth", "--arch", f"{__name__}:ManyChannels", "--arch-args", f"channels={channels}"]
+    message = refused(capsys, "in.png", "out.png", *network, *tiles)
+    assert f"of an image in colour the network must make 3 channels, got {channels}: take another network" in message
+    assert not Path("out.png").exists()
+
+
 def test_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     Path("some").mkdir()
     Path("some", "notes.txt").write_text("no picture")
@@ -186,6 +233,21 @@ def test_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "some", "again", "--model", "edsr.iks", *ARGS)
     assert "1 of 3 pictures were not upscaled: some/b.jpg: unreadable: not a picture that Pillow can read" in message
     assert sorted(path.name for path in Path("again").iterdir()) == ["a.png", "c.PNG"]
+
+
+def test_damage_that_pillow_is_not_prepared_for(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("some").mkdir()
+    for name in ("a.png", "b.tif", "c.png"):
+        picture(f"some/{name}")
+    content = Path("some/b.tif").read_bytes()
+    damaged = content.replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 2))  # places of strips become text
+    assert damaged != content
+    Path("some/b.tif").write_bytes(damaged)  # a TypeError of Pillow
+    message = refused(capsys, "some", "large", "--model", "edsr.iks", *ARGS)
+    assert "1 of 3 pictures were not upscaled: some/b.tif: unreadable: " in message
+    assert sorted(path.name for path in Path("large").iterdir()) == ["a.png", "c.png"]
+    with mock.patch("PIL.ImageOps.exif_transpose", side_effect=KeyError()):
+        assert refused(capsys, "in.png", "out.png", "--model", "edsr.iks", *ARGS).endswith("unreadable: KeyError\n")
 
 
 def test_a_file_that_is_there_is_replaced_whole_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +293,6 @@ def test_wrong_paths_and_pictures(paths: tuple[str, str], message: str, capsys: 
 
 
 def test_16_bit_colours_are_seen_though_pillow_makes_8_of_them(tmp_path: Path) -> None:
-    import struct
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:

@@ -103,6 +103,18 @@ WRONG_INDEX: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a key from the future": (entry(0, rank=3), "there are keys that this version does not know"),
     "the same name twice": (entry(1, name="a.weight"), "the name 'a.weight' occurs twice"),
     "an alias of nothing": (entry(2, alias_of="z"), "'c' is an alias of 'z', which is no tensor before it"),
+    "a name that moves the cursor": (
+        entry(1, name="\x1b[2J"),
+        r"entry 1 \('\\x1b\[2J'\): the name has characters that cannot be printed",
+    ),
+    "half a character for a name": (entry(1, name="\ud800"), r"\('\\ud800'\): the name has characters that cannot"),
+    "an alias of half a character": (entry(2, alias_of="\ud800"), r"alias_of has the impossible value '\\ud800'"),
+    "a version in two lines": (lambda document: document.update(plugin_version="1\n2"), "what the index says of"),
+    "a class that rings": (lambda document: document.update(model_class="a\x07"), "what the index says of the file"),
+    "half a character for a key": (
+        lambda document: document.update(checkpoint_key="\ud800"),
+        "what the index says of the file",
+    ),
     "an alias of itself": (entry(2, alias_of="c"), "'c' is an alias of 'c', which is no tensor before it"),
     "an alias of another shape": (entry(2, shape=[5]), "'c' and what it is an alias of differ in shape or dtype"),
     "more bytes than there are": (entry(1, sizes=[10**9]), "data: expected [0-9]+ bytes by the index, got"),

@@ -14,7 +14,7 @@ from torch import nn
 
 import iks_plugin
 import toys
-from iks_plugin import IksError
+from iks_plugin import IksError, OptionError
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, 1e-3),
@@ -391,6 +391,45 @@ def test_tied_weights_are_counted_and_driven_once():
     toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 20, channels=8)
     assert controller.sparsity == pytest.approx(0.8, abs=1 / 576)
     assert controller.state_dict()["weights"] == 576
+
+
+def test_of_tied_layers_the_others_go_on_where_the_first_is_replaced():
+    model = toys.TiedConvs()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=20)
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 10, channels=8)
+    model.first = nn.Conv2d(8, 8, 3, padding=1)
+    gc.collect()
+    toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 20, channels=8)
+    assert controller.steps == 30
+    assert controller.sparsity == pytest.approx(0.8, abs=1 / 576)
+    iks_plugin.finalize(model)
+    assert int((model.second.weight == 0).sum()) == round(0.8 * 576)
+
+
+LEAVES_NONE = {
+    "the setter": lambda model, controller: setattr(controller, "target_sparsity", 0.9999),
+    "finalize": lambda model, controller: iks_plugin.finalize(model, 0.9999),
+    "finalized": lambda model, controller: iks_plugin.finalized(model, 0.9999).__enter__(),
+    "a copy's sparsify": lambda model, controller: iks_plugin.sparsify(copy.deepcopy(model), 0.9999),
+}
+
+
+@pytest.mark.parametrize("act", LEAVES_NONE.values(), ids=LEAVES_NONE)
+def test_a_target_that_leaves_no_weight_is_refused_everywhere(act):
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match="0.9999 of 4608 weights, rounded, is all of them: none would be left"):
+        act(model, controller)
+    assert controller.target_sparsity == 0.5
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("state", [None, [1], "state"])
+def test_what_is_no_state_at_all_is_refused(state):
+    controller = iks_plugin.sparsify(toys.plain_sr(), 0.5)
+    with pytest.raises(IksError, match="expected what controller.state_dict\\(\\) gave, got (NoneType|list|str)"):
+        controller.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

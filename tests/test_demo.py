@@ -129,10 +129,18 @@ class TestPhotos:
         with pytest.raises(IksError, match="4 of the 7 images in --data .* cannot be used") as caught:
             folder_photos(folder)
         message = str(caught.value)
-        assert "broken.jpg: unreadable: not an image that Pillow can read" in message
+        assert "broken.jpg: unreadable: not a picture that Pillow can read" in message
         assert "cut.png: unreadable: " in message
         assert "small.png: too small: expected at least 96 x 96 pixels, got 120 x 50" in message
         assert "deep.png: expected 8 bits per channel, got more" in message
+
+    def test_damage_that_pillow_is_not_prepared_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(_: object) -> None:
+            raise TypeError("'str' object cannot be interpreted as an integer\nand more")
+
+        monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
+        with pytest.raises(IksError, match="^unreadable: 'str' object cannot be interpreted as an integer$"):
+            read_image(fill(tmp_path / "images", 1) / "photo00.png")
 
     def test_a_long_list_of_unusable_images_is_cut(self, tmp_path: Path) -> None:
         with pytest.raises(IksError, match=r"\.\.\. and 4 more"):

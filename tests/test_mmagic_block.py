@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ WRONG = {
     "network": (
         "dict(target_sparsity=0.9, network='generater')",
         "config key iks.network: BaseEditModel has no network 'generater', it has generator",
+    ),
+    "network, empty": (
+        "dict(target_sparsity=0.9, network=['generator', ''])",
+        r"config key iks: network must be the name of a network or a list .*, got \['generator', ''\]",
     ),
     "network type": ("dict(target_sparsity=0.9, network=3)", "config key iks: network must be the name of a network"),
     "long ramp": (
@@ -136,6 +141,22 @@ def test_checkpoints_that_do_not_fit_are_not_resumed_from(before, after, message
     with pytest.raises(IksError, match=message):
         toys.run(toys.write_config(tmp_path, after), resume=True)
     assert (tmp_path / "work" / "iter_20.pth").read_bytes() == kept
+
+
+def test_a_resume_from_the_dense_weights_of_the_start_is_refused_with_the_remedy(tmp_path):
+    """MMEngine takes load_from for the checkpoint to resume from where a config has it."""
+    path = trained(tmp_path, None)
+    dense = str(path.rename(tmp_path / "dense.pth"))
+    shutil.rmtree(path.parent)
+    config = toys.write_config(tmp_path)
+    resume = {"resume": True, "train_cfg__max_iters": 21}
+    with pytest.raises(IksError, match="dense.pth is of a training without .*load_from = ..., resume = False"):
+        toys.run(config, load_from=dense, **resume)
+    toys.run(config, load_from=dense)
+    with pytest.raises(IksError, match="To go on with the training in .*/work give load_from = None .*load_from=None"):
+        toys.run(config, load_from=dense, **resume)
+    toys.run(config, load_from=None, **resume)
+    assert toys.saved(tmp_path, "iter_21.pth")["iks"]["controllers"]["generator"]["steps"] == 21
 
 
 def test_a_sparse_training_is_not_resumed_without_the_entry(tmp_path):

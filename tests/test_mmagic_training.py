@@ -6,19 +6,22 @@ import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("mmagic")
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 import iks_plugin
 import mmagic_toys as toys
 from basicsr_toys import assert_same, write_images
-from iks_plugin import IksWarning
+from iks_plugin import IksWarning, OptionError
+from iks_plugin.gate import soft_threshold
 
 EMA = 'custom_hooks = [dict(type="EMAHook", momentum=0.1)]'
 AMP = 'optim_wrapper = dict(type="AmpOptimWrapper", dtype="bfloat16", optimizer=dict(lr=1e-3))'
@@ -100,6 +103,49 @@ def test_a_config_with_the_entry_tests_as_well(tmp_path):
         for config in (dense, toys.write_config(tmp_path))
     )
     assert ours == untouched > 5
+
+
+def test_weights_to_start_from_that_are_gone_matter_to_a_training_alone(tmp_path):
+    write_images(tmp_path, 4)
+    toys.run(toys.write_config(tmp_path, more="train_cfg = dict(max_iters=2)"))
+    path = str(tmp_path / "work" / "iter_2.pth")
+    init = 'dict(type="Pretrained", checkpoint="not/here.pth")'
+    more = f"model = dict(generator=dict(mid_channels=8, num_blocks=1), init_cfg={init})"
+    untouched = toys.write_config(tmp_path, None, more, name="untouched.py")
+    ours = toys.write_config(tmp_path, more=more)
+    assert psnr_of(ours, path) == psnr_of(untouched, path) > 5
+    for config in (untouched, ours):
+        with pytest.raises(FileNotFoundError, match="not/here.pth"):
+            toys.run(config, load_from=path)
+
+
+def psnr_of(config: Path, checkpoint: str) -> float:
+    return float(toys.run(config, "test", load_from=checkpoint).message_hub.get_scalar("test/PSNR").current())
+
+
+def gated_weights(checkpoint: dict[str, Any], prefix: str = "generator.") -> dict[str, torch.Tensor]:
+    """What a network computes with that resumes from `checkpoint`."""
+    state = {**checkpoint["state_dict"], **checkpoint["iks"]["gated"]["state_dict"]}
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    thresholds = {key.replace("threshold", "weight"): own.pop(key) for key in list(own) if key.endswith("threshold")}
+    return {key: soft_threshold(own[key], thresholds[key]) if key in thresholds else own[key] for key in own}
+
+
+def test_a_checkpoint_with_thresholds_is_tested_through_its_gates(tmp_path):
+    write_images(tmp_path, 4)
+    config = toys.write_config(
+        tmp_path, more="train_cfg = dict(max_iters=8)\niks = dict(target_sparsity=0.5, ramp_steps=8)"
+    )
+    toys.run(config)
+    checkpoint = toys.saved(tmp_path, "iter_8.pth")
+    network = {f"generator.{key}": value for key, value in gated_weights(checkpoint).items()}
+    torch.save({"state_dict": {**checkpoint["state_dict"], **network}}, tmp_path / "network.pth")
+    checkpoint["state_dict"].update(checkpoint["iks"]["gated"]["state_dict"])  # as the published code saves it
+    torch.save(checkpoint, tmp_path / "published.pth")
+    untouched = toys.write_config(tmp_path, None, name="untouched.py")
+    expected = psnr_of(untouched, str(tmp_path / "network.pth"))
+    assert psnr_of(config, str(tmp_path / "published.pth")) == pytest.approx(expected, abs=1e-5)
+    assert abs(psnr_of(untouched, str(tmp_path / "published.pth")) - expected) > 1e-4  # the weights before the gates
 
 
 def test_a_config_of_epochs_tests_without_training_data(tmp_path):
@@ -264,6 +310,47 @@ def test_a_gan_whose_generator_alone_becomes_sparse(model, generator, disc_steps
         resumed = toys.saved(tmp_path, "iter_20.pth")
         for key in ("state_dict", "optimizer", "iks"):
             assert_same(resumed[key], straight[key], key)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", EMA_OF_MMAGIC), (EMA_OF_MMAGIC, "")], ids=["added", "taken out"])
+def test_an_ema_copy_may_be_new_or_gone_on_a_resume(before, after, tmp_path):
+    write_images(tmp_path, 4)
+    often = """
+train_cfg = dict(max_iters=12)
+default_hooks = dict(checkpoint=dict(interval=1, out_dir=None, save_best=None))
+"""
+    toys.run(toys.write_config(tmp_path, more=often + before))
+    middle, straight = toys.saved(tmp_path, "iter_10.pth"), toys.saved(tmp_path, "iter_12.pth")
+    (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_10.pth"))
+    toys.run(toys.write_config(tmp_path, more=often + after), resume=True)
+    first, resumed = toys.saved(tmp_path, "iter_11.pth"), toys.saved(tmp_path, "iter_12.pth")
+    assert_same(gated_weights(resumed), gated_weights(straight))
+    assert_same(resumed["optimizer"], straight["optimizer"])
+    assert any(key.startswith("generator_ema.") for key in resumed["state_dict"]) == bool(after)
+    if after:
+        starts, goes_on, mean = (gated_weights(*args) for args in ((middle,), (first,), (first, "generator_ema.")))
+        for key, value in mean.items():
+            torch.testing.assert_close(value, 0.9 * starts[key] + 0.1 * goes_on[key], rtol=1e-4, atol=1e-6)
+        zeros, weights = zeros_and_weights(resumed["state_dict"], "generator_ema.")
+        assert zeros == round(0.9 * weights)
+
+
+def test_patterns_go_to_the_networks_that_they_match_in(tmp_path):
+    more = GAN.format(
+        model="SRGAN", generator="MSRResNet", more="upscale_factor=2", disc_steps=1, disc_init_steps=0, hooks=""
+    )
+    more += "\nmodel['discriminator'] = dict(type='ModifiedVGG', in_channels=3, mid_channels=8)"
+    block = "dict(target_sparsity=0.5, network=['generator', 'discriminator'], {}=['upsample1', {!r}])"
+    runner = toys.built(toys.write_config(tmp_path, block.format("exclude", "conv4_*"), more))
+    for network, left_alone in ((runner.model.generator, "upsample1"), (runner.model.discriminator, "conv4_")):
+        for layer in iks_plugin.report(network).layers:
+            assert not (layer.rewritten and layer.name.startswith(left_alone)), layer
+    for option, pattern, message in (
+        ("exclude", "conv9_*", r"exclude pattern 'conv9_\*' matches none of generator's and discriminator's"),
+        ("include", "conv_hr", "none of the patterns of include, 'upsample1', 'conv_hr', matches one of its 10 layers"),
+    ):
+        with pytest.raises(OptionError, match=rf"config key iks, discriminator \(ModifiedVGG\): {message}"):
+            toys.built(toys.write_config(tmp_path, block.format(option, pattern), more))
 
 
 GENERATORS = {

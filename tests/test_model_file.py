@@ -147,6 +147,66 @@ def test_onto_the_meta_device(tmp_path: Path) -> None:
     assert all(isinstance(parameter, nn.Parameter) for parameter in other.parameters())
 
 
+class TiedInTwoPlaces(toys.TiedConvs):
+    """As some networks are: a weight and a bias shared, one layer frozen, an average that no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.bias = self.first.bias
+        self.alone = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(8))
+        self.register_buffer("also_seen", self.seen)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tied_parameters_stay_tied_from_the_meta_device(tmp_path: Path, packed: bool) -> None:
+    model = TiedInTwoPlaces()
+    model.first.weight.data *= torch.rand_like(model.first.weight) > 0.9
+    iks_plugin.save(model, tmp_path / "m.iks")
+    with torch.device("meta"):
+        other = TiedInTwoPlaces()
+    iks_plugin.load(tmp_path / "m.iks", other, packed=packed)
+    assert toys.states_equal(dict(other.state_dict()), dict(model.state_dict()))
+    assert other.first.bias is other.second.bias and other.seen is other.also_seen
+    assert packed or other.first.weight is other.second.weight
+    for name, parameter in other.named_parameters():
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.requires_grad == (not name.startswith("alone.")), name
+
+
+def test_what_only_the_file_ties_is_parted_from_the_meta_device(tmp_path: Path) -> None:
+    iks_plugin.save(TiedInTwoPlaces(), tmp_path / "m.iks")
+
+    class Parted(TiedInTwoPlaces):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Conv2d(8, 8, 3, padding=1)
+            self.also_seen = torch.ones(8)
+
+    with torch.device("meta"):
+        other = Parted()
+    iks_plugin.load(tmp_path / "m.iks", other)
+    for one, two in (("first.weight", "second.weight"), ("first.bias", "second.bias"), ("seen", "also_seen")):
+        state = other.state_dict()
+        assert torch.equal(state[one], state[two]) and state[one].data_ptr() != state[two].data_ptr()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_buffer_that_no_file_holds(saved: Path, packed: bool) -> None:
+    def build(device: str) -> nn.Module:
+        with torch.device("meta"):
+            model = toys.plain_sr()
+        model.register_buffer("mean", torch.ones(3, device=device), persistent=False)
+        return model
+
+    model = build("meta")
+    with pytest.raises(IksError, match=r'mean: on the device "meta", and no file holds it .*: make it on the CPU'):
+        iks_plugin.load(saved, model, packed=packed)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    whole = iks_plugin.load(saved, build("cpu"), packed=packed)
+    assert not any(tensor.is_meta for tensor in (*whole.parameters(), *whole.buffers()))
+
+
 WRAPPERS = {
     "parallel": nn.DataParallel,
     "averaged": AveragedModel,
@@ -294,11 +354,16 @@ def golden_state() -> dict[str, torch.Tensor]:
         ({"a": torch.eye(3).to_sparse()}, "a: expected a dense tensor, got one of layout torch.sparse_coo"),
         ({"a": torch.empty(2, device="meta")}, "a: expected a tensor with values, got one on the device 'meta'"),
         (
+            {"a\x1b[2J": torch.ones(2)},
+            r"a tensor's name: expected text that can be printed, got 'a\\x1b\[2J': rename it",
+        ),
+        ({"\ud800": torch.ones(2)}, r"expected text that can be printed, got '\\ud800'"),
+        (
             {"q": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
             "q: expected a dtype that the format knows, got torch.qint8",
         ),
     ],
-    ids=["an int", "a nameless tensor", "a string", "sparse layout", "meta", "quantized"],
+    ids=["an int", "a nameless tensor", "a string", "sparse layout", "meta", "cursor", "half a character", "quantized"],
 )
 def test_what_cannot_be_saved(tmp_path: Path, what: object, message: str) -> None:
     path = tmp_path / "m.iks"
@@ -306,6 +371,14 @@ def test_what_cannot_be_saved(tmp_path: Path, what: object, message: str) -> Non
     with pytest.raises(IksError, match=message):
         iks_plugin.save(what, path)  # type: ignore[arg-type]
     assert path.read_bytes() == b"before"
+
+
+def test_a_class_and_a_key_that_cannot_be_printed(tmp_path: Path) -> None:
+    with pytest.raises(IksError, match=r"checkpoint_key: expected text that can be printed, got 'par\\nams'"):
+        iks_plugin.save({}, tmp_path / "m.iks", checkpoint_key="par\nams")
+    with pytest.raises(IksError, match=r"model_class: expected text that can be printed, got '.*Net\\x07'"):
+        iks_plugin.save(type("Net\x07", (nn.ReLU,), {})(), tmp_path / "m.iks")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_weight_that_the_value_type_cannot_hold_is_named(tmp_path: Path) -> None:

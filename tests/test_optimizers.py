@@ -58,6 +58,28 @@ def test_two_models_each_have_their_own_controller():
     assert [controller.sparsity for controller in controllers] == pytest.approx([0.5, 0.9], abs=1e-3)
 
 
+def test_decay_is_kept_off_the_thresholds_of_every_model_in_an_optimizer():
+    models = nn.ModuleList([toys.plain_sr(), toys.plain_sr(), toys.plain_sr()])
+    controllers = [iks_plugin.sparsify(model, 0.5, ramp_steps=10) for model in models]
+    optimizer = torch.optim.AdamW(models.parameters(), 1e-3, weight_decay=0.5)
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    with pytest.warns(IksWarning, match="weight decay on the thresholds"):
+        toys.train(nn.Sequential(*models), optimizer, 12)
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == held
+    assert [controller.steps for controller in controllers] == [12, 12, 12]
+    assert [controller.sparsity for controller in controllers] == pytest.approx([0.5] * 3, abs=1e-3)
+    opened = [model[2].threshold[model[2].weight != 0] for model in models]
+    assert all(threshold.max() < -11 for threshold in opened)
+
+    def failing_closure() -> float:
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        optimizer.step(failing_closure)
+    assert len(optimizer.state_dict()["param_groups"]) == 1
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == held
+
+
 class CallsItsParent(torch.optim.SGD):
     """Its step calls the step of the class above, which has hooks of its own."""
 
@@ -190,6 +212,24 @@ def test_autocast_and_bfloat16_models_meet_the_target():
         assert controller.sparsity == pytest.approx(0.9, abs=1e-3)
 
 
+def test_a_step_within_autocast_prunes_as_one_outside_does():
+    ends = []
+    for within in (False, True):
+        torch.manual_seed(0)
+        model = toys.plain_sr()
+        iks_plugin.sparsify(model, 0.9, ramp_steps=20, interval=20)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        for _ in range(20):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(torch.rand(2, 3, 12, 12)).square().mean()
+            loss.backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+                optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model.state_dict())
+    assert all(map(torch.equal, ends[0].values(), ends[1].values()))
+
+
 COMPILED = """
 import torch, iks_plugin
 torch.manual_seed(0)
@@ -210,6 +250,31 @@ assert abs(controller.sparsity - 0.8) < 0.001, controller.sparsity
 def test_steps_count_with_torch_compile_in_any_order(order):
     """Each in a process of its own: torch 2.1 and 2.2 strip the step hooks at the first compile of a process."""
     subprocess.run([sys.executable, "-c", COMPILED.replace("ORDER", order)], check=True)
+
+
+COMPILED_WHOLE = """
+import torch, iks_plugin
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3))
+controller = iks_plugin.sparsify(model, 0.8, ramp_steps=40, interval=20)
+optimizer = torch.optim.AdamW(controller.param_groups(), 1e-3)
+def make_step():
+    optimizer.step()
+def train_step():
+    optimizer.zero_grad()
+    model(torch.randn(1, 8, 8, 8)).square().mean().backward()
+    make_step()
+PART = torch.compile(PART, backend="eager")
+for _ in range(50):
+    train_step()
+assert controller.steps == 50, controller
+assert abs(controller.sparsity - 0.8) < 0.001, controller.sparsity
+"""
+
+
+@pytest.mark.parametrize("part", ["make_step", "train_step"])
+def test_steps_count_within_what_is_compiled(part):
+    subprocess.run([sys.executable, "-c", COMPILED_WHOLE.replace("PART", part)], check=True)
 
 
 COMPILED_EARLY = """
@@ -281,6 +346,18 @@ def test_an_optimizer_of_frozen_thresholds_is_fine():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("threshold" not in name)
     toys.train(model, optimizer, 1)
+
+
+def test_steps_count_where_all_thresholds_are_frozen():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=5)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("threshold" not in name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IksWarning)
+        toys.train(model, torch.optim.Adam(model.parameters(), 1e-3), 8)
+    assert controller.steps == 8
+    assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
 
 
 DECAYING = {

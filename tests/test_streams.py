@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -348,6 +349,40 @@ def test_weights_that_change_are_seen(model: nn.Module) -> None:
         after = model(IMAGE)
         assert not torch.allclose(before, after)
         assert_close(after, iks_plugin.unpack(model)(IMAGE))
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (1.0, 2.0),
+        (np.float64(1), np.float64(2)),
+        (np.float32(1), np.float32(2)),
+        (np.array(1.0), np.array(2.0)),
+        ([np.int64(1)], [np.int64(2)]),
+        ({"gain": np.array([1.0, 5.0])}, {"gain": np.array([2.0, 5.0])}),
+    ],
+    ids=str,
+)
+def test_settings_of_any_kind_that_change_are_seen(first: Any, second: Any) -> None:
+    class Scaled(EveryOperation):
+        gain: Any
+
+        def forward(self, x: Tensor) -> Tensor:
+            gain = self.gain["gain"] if isinstance(self.gain, dict) else self.gain
+            return super().forward(x) * float(np.ravel(gain)[0])
+
+    model = prune(Scaled(act=3), 0.8)
+    model.gain = first
+    iks_plugin.pack(model)
+    with torch.no_grad():
+        before = model(IMAGE)
+        assert set(fast.paths(model).values()) == {"stream"}
+        model.gain = second
+        assert_close(model(IMAGE), 2 * before)
+        if isinstance(second, np.ndarray):
+            second *= 2  # in place
+            assert_close(model(IMAGE), 4 * before)
 
 
 @pytest.mark.usefixtures("always")

@@ -414,6 +414,33 @@ def test_compiled_models_are_measured_and_compiled_again_afterwards() -> None:
         assert not set(range(8, 20)) & set(calls)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_bias_takes_over_nothing(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = toys.plain_sr()
+    bias = model[2].bias
+    bias.requires_grad_(not frozen)
+    before = bias.detach().clone()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=1)
+    toys.train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0), 1)
+    assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert torch.equal(bias, before) == frozen
+
+
+def test_another_default_dtype() -> None:
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=5)
+    optimizer = torch.optim.Adam(model.parameters())
+    torch.set_default_dtype(torch.float64)
+    try:
+        for _ in range(6):
+            model(torch.rand(1, 3, 8, 8, dtype=torch.float32)).square().mean().backward()
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert controller.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
 def test_gradients_that_overflow_are_not_measured() -> None:
     model = toys.plain_sr()
     iks_plugin.sparsify(model, 0.8, ramp_steps=1)

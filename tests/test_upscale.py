@@ -298,6 +298,30 @@ def test_batches_and_channels() -> None:
     assert upscale(four, torch.rand(4, 30, 20), 12).shape == (5, 60, 40)
 
 
+@pytest.mark.parametrize("tile", [None, 12])
+@pytest.mark.parametrize(
+    ("shape", "channels", "message"),
+    [
+        ((20, 14, 3), 3, None),
+        ((20, 14, 3), 1, "of an image in colour the network must make 3 channels, got 1: take another network"),
+        ((20, 14, 3), 4, "of an image in colour the network must make 3 channels, got 4: .* a floating tensor"),
+        ((20, 14), 1, None),
+        ((20, 14), 3, None),
+        ((20, 14), 2, "of an image in grey the network must make 1 or 3 channels, got 2"),
+        ((20, 14), 4, "of an image in grey the network must make 1 or 3 channels, got 4"),
+    ],
+)
+def test_channels_of_arrays(shape: tuple[int, ...], channels: int, message: str | None, tile: int | None) -> None:
+    model = nn.Sequential(conv(3, 4 * channels), nn.PixelShuffle(2))
+    array = np.zeros(shape, np.uint8)
+    if message is None:
+        assert upscale(model, array, tile).shape == (40, 28, *shape[2:])
+    else:
+        with pytest.raises(IksError, match=message):
+            upscale(model, array, tile)
+        assert upscale(model, torch.rand(3, 20, 14), tile).shape == (channels, 40, 28)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model = NETWORKS["unshuffle"][0]().to(dtype)

@@ -44,7 +44,8 @@ def keywords(block: Block, network: str, opt: Mapping[str, Any]) -> dict[str, An
 def optimizer_steps(network: str, opt: Mapping[str, Any]) -> int:
     """How many steps the optimizer of `network` makes in `train: total_iter` iterations.
 
-    BasicSR's GAN models step the generator in every `net_d_iters`-th iteration after the first `net_d_init_iters`.
+    BasicSR's GAN models, which have a `network_d`, step the generator in every `net_d_iters`-th iteration after the
+    first `net_d_init_iters`.
 
     Raises:
         OptionError: it makes none, or the length is missing.
@@ -57,7 +58,7 @@ def optimizer_steps(network: str, opt: Mapping[str, Any]) -> int:
             f"train: total_iter must be the number of iterations, got {train.get('total_iter')!r}: the schedule of the "
             "sparsity follows from it"
         ) from None
-    if network.startswith("network_d"):
+    if network.startswith("network_d") or not opt.get("network_d"):
         return total
     every, idle = int(train.get("net_d_iters") or 1), int(train.get("net_d_init_iters") or 0)
     steps = total // every - min(idle, total) // every

@@ -11,7 +11,7 @@ from torch import nn
 
 import iks_plugin
 from iks_plugin import IksError, SparsityController
-from iks_plugin.block import Block
+from iks_plugin.block import Block, Patterns
 
 from .block import keywords
 
@@ -48,6 +48,7 @@ class Networks:
         self._model = model
         self._block = block
         self._tell = tell
+        self._patterns = Patterns(block.networks)
         self._built: dict[str, list[tuple[weakref.ref[nn.Module], SparsityController]]] = {}
         for key in block.networks:
             kind = SparseType(model.opt[key]["type"])
@@ -64,7 +65,8 @@ class Networks:
     def _build(self, key: str, architecture: Callable[..., nn.Module], **options: Any) -> nn.Module:
         net = architecture(**options)
         try:
-            controller = iks_plugin.sparsify(net, **keywords(self._block, key, self._model.opt))
+            given = keywords(self._block, key, self._model.opt)
+            controller = iks_plugin.sparsify(net, **self._patterns.keywords_for(key, net, given))
         except IksError as error:
             raise type(error)(f"block iks, {key} ({type(net).__name__}): {error}") from None
         if not self._built[key]:

@@ -6,6 +6,8 @@ the work; the wrappers show it plain networks where it validates and saves, and 
 
 from __future__ import annotations
 
+import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -30,6 +32,12 @@ from .state import STATE_VERSION, check_state
 
 _ITERATIONS_WATCHED = 200
 """After so many, the adapter has seen how many steps of the optimizer an iteration makes."""
+
+_THRESHOLDS_AT_FAULT = re.compile(r'expected \(.*\(granularity=|Unexpected key\(s\).*threshold"')
+"""What of a failed loading is due to thresholds: their shapes, or layers that have some in the file alone.
+
+Where weights are missing, thresholds are as well.
+"""
 
 Original = Callable[..., Any]
 
@@ -98,7 +106,7 @@ class SparseTraining:
         try:
             original(net, load_path, *args, **kwargs)
         except RuntimeError as error:
-            if not iks_plugin.is_sparsified(net) or "threshold" not in str(error):
+            if not iks_plugin.is_sparsified(net) or not _THRESHOLDS_AT_FAULT.search(str(error)):
                 raise
             raise IksError(f"{load_path} does not fit the block iks of the option file. {error}") from error
 
@@ -132,7 +140,12 @@ class SparseTraining:
                     f"the training state has no {attribute}, it has {', '.join(saved)}: resume with its model_type"
                 )
             if key not in ignored:
-                self._restore(attribute, self._model.get_bare_model(module), controller, own)
+                net = self._model.get_bare_model(module)
+                self._restore(attribute, net, controller, own)
+                if attribute not in saved and iks_plugin.is_sparsified(net):
+                    with iks_plugin.gates_applied(net):  # as it is averaged from now on
+                        average = copy.deepcopy(net.state_dict())
+                    net.load_state_dict(average)
         original(resume_state)
         resume_state.pop("iks")  # BasicSR keeps the state as long as it trains
         for key, _, controller in self._networks.trained():
@@ -235,7 +248,7 @@ class SparseTraining:
             )
             if tb_logger:
                 tb_logger.add_scalar(f"metrics/{data}/{label}", report.sparsity, current_iter)
-                controller.log(tb_logger, current_iter)
+                controller.log(_Tagged(tb_logger, key) if len(trained) > 1 else tb_logger, current_iter)
         return result
 
     def _deliver(self, modules: Iterable[nn.Module], stack: ExitStack | None = None) -> None:
@@ -296,7 +309,7 @@ class SparseTraining:
     def _warn_of_few_steps(self, iterations: int) -> None:
         """The ramp is laid out for as many steps as BasicSR's own models make: others may make fewer."""
         for key, _, controller in self._networks.trained():
-            until_now = {"train": {**self._model.opt["train"], "total_iter": iterations}}
+            until_now = {**self._model.opt, "train": {**self._model.opt["train"], "total_iter": iterations}}
             try:
                 expected = optimizer_steps(key, until_now)
             except IksError:  # the discriminator's time
@@ -331,6 +344,18 @@ class SparseTraining:
     def _warn(self, message: str) -> None:
         if self._is_master():
             _logger().warning(message)
+
+
+class _Tagged:
+    """A writer for TensorBoard that puts the name of a network into its tags, after their group."""
+
+    def __init__(self, writer: Any, network: str) -> None:
+        self._writer = writer
+        self._network = network
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        group, name = tag.split("/", 1)
+        self._writer.add_scalar(f"{group}/{self._network}/{name}", value, step)
 
 
 def _logger() -> Any:

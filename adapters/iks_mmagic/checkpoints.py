@@ -97,13 +97,18 @@ def _copy_with(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return scratch
 
 
-def put_gates_in(checkpoint: dict[str, Any], networks: Mapping[str, nn.Module], where: str) -> dict[str, Any]:
+def put_gates_in(
+    checkpoint: dict[str, Any], networks: Mapping[str, nn.Module], where: str, instead: str
+) -> dict[str, Any]:
     """Undo `take_gates_out` in a checkpoint that is resumed from. Returns the states of the controllers.
+
+    An EMA copy beside a network, which MMagic's hook makes, may be new, and then starts as the network; or be gone.
 
     Args:
         checkpoint: as it was loaded.
         networks: gated networks by their names in the model.
         where: the name of the checkpoint, for messages.
+        instead: what to do where it is of a training without `iks`, for messages.
 
     Raises:
         IksError: it is of a training without `iks`, or of one with other layers or another granularity; then it is
@@ -112,17 +117,35 @@ def put_gates_in(checkpoint: dict[str, Any], networks: Mapping[str, nn.Module], 
     saved = checkpoint.get("iks")
     if saved is None:
         raise IksError(
-            f"{where} is of a training without the config key iks, which has no thresholds to go on with. To make its "
-            "network sparse, start a new training from its weights: load_from = ..., resume = False"
+            f"{where} is of a training without the config key iks, which has no thresholds to go on with. {instead}"
         )
     if saved.get("version") != VERSION:
         raise IksError(f"{where}: expected version {VERSION} of its entry iks, got {saved.get('version')!r}")
-    for part, tensors in saved["gated"].items():
+    gated = {part: _for_present_copies(checkpoint, part, networks) for part in saved["gated"]}
+    for part, tensors in gated.items():
         check_fit(tensors, networks, where, lead=PARTS[part], complete=True)
-    for part, tensors in saved["gated"].items():
+    for part, tensors in gated.items():
         checkpoint[part].update(tensors)
     states: dict[str, Any] = saved["controllers"]
     return states
+
+
+def _for_present_copies(
+    checkpoint: Mapping[str, Any], part: str, networks: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """What is gated in a `part`, without an EMA copy that the model has no more, and with all of one that is new."""
+    lead, state, gated = PARTS[part], checkpoint[part], dict(checkpoint["iks"]["gated"][part])
+    for name in checkpoint["iks"]["controllers"]:
+        copied = next((other for other in networks if other in (f"{name}_ema", f"{name}_ema.module")), None)
+        if copied is None:
+            gated = {key: value for key, value in gated.items() if not key.startswith(f"{lead}{name}_ema.")}
+        elif name in networks and not _within(checkpoint["state_dict"], f"{name}_ema."):
+            trained = _copy_with(
+                networks[name], _within({**state, **gated}, _prefix(state, lead, name, networks[name]))
+            )
+            with iks_plugin.gates_applied(trained):  # as it is averaged
+                gated.update({f"{lead}{copied}.{key}": value for key, value in trained.state_dict().items()})
+    return gated
 
 
 def check_fit(
@@ -158,6 +181,15 @@ def check_fit(
             f"{where} does not fit the config key iks: {only[0]} and {len(only) - 1} more are of layers that only one "
             "of the two rewrites: give iks.include, iks.exclude and iks.layer_types as in the training that made it"
         )
+
+
+def gated_in(state: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> set[str]:
+    """The names of those of the gated `networks` of which `state` has thresholds."""
+    return {
+        name
+        for name, network in networks.items()
+        if any(key.endswith("threshold") for key in _within(state, _prefix(state, "", name, network)))
+    }
 
 
 def refuse_sparse(original: Callable[..., Any], runner: Any, filename: str, *args: Any, **kwargs: Any) -> Any:

@@ -11,13 +11,14 @@ import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import iks_plugin
 from iks_plugin import IksError, OptionError, SparsityController
-from iks_plugin.block import Block
+from iks_plugin.block import Block, Patterns
 from iks_plugin.optimizers import groups_without_decay
 from iks_plugin.progress import aim_anew, beside_validation, changes, fault_at_end, resumed_state
 
@@ -48,6 +49,7 @@ class SparseTraining:
         self._validation = ExitStack()
         self._reached: dict[str, float] = {}
         self._resumed: dict[str, dict[str, Any]] = {}
+        self._loaded_gated: set[str] = set()
         networks = {name: _find(model, name) for name in block.networks}
         iterations = iterations_of(runner)
         steps = {
@@ -58,10 +60,12 @@ class SparseTraining:
         except OptionError as error:
             raise OptionError(f"config key iks: {error}") from None
         _initialise_now(runner, model)
+        patterns = Patterns(block.networks)
         self._controllers: dict[str, SparsityController] = {}
         for name, network in networks.items():
             try:
-                self._controllers[name] = iks_plugin.sparsify(network, **keywords[name])
+                given = patterns.keywords_for(name, network, keywords[name])
+                self._controllers[name] = iks_plugin.sparsify(network, **given)
             except IksError as error:
                 raise type(error)(f"config key iks, {name} ({type(network).__name__}): {error}") from None
             self._tell_layers(name, network)
@@ -179,8 +183,9 @@ class SparseTraining:
     def open_validation(self) -> None:
         """Until it is closed, the networks are what a checkpoint of now would hold; or, untrained, what was loaded."""
         trained = self._trains or any(controller.steps for controller in self._controllers.values())
-        for network in self._networks().values():
-            self._validation.enter_context(iks_plugin.finalized(network, None if trained else 0))
+        for name, network in self._networks().items():
+            if trained or name not in self._loaded_gated:
+                self._validation.enter_context(iks_plugin.finalized(network, None if trained else 0))
 
     def close_validation(self, mode: str) -> None:
         reports = {name: iks_plugin.report(_find(self._model, name)) for name in self._controllers}
@@ -210,9 +215,11 @@ class SparseTraining:
         where = f"the checkpoint {checkpoint.get('filename') or self._runner._load_from or 'to resume from'}"
         networks = self._networks()
         if not self._runner._resume:
-            checkpoints.check_fit(checkpoint.get("state_dict", checkpoint), networks, where)
+            state = checkpoint.get("state_dict", checkpoint)
+            checkpoints.check_fit(state, networks, where)
+            self._loaded_gated = checkpoints.gated_in(state, networks)
             return
-        states = checkpoints.put_gates_in(checkpoint, networks, where)
+        states = checkpoints.put_gates_in(checkpoint, networks, where, self._instead_of_resuming())
         if states.keys() != self._controllers.keys():
             raise IksError(f"{where}: expected iks.network {sorted(states)}, got {sorted(self._controllers)}")
         for name, controller in self._controllers.items():
@@ -225,6 +232,13 @@ class SparseTraining:
             for change in changes(saved, state, "the config"):
                 self._runner.logger.warning(f"iks: {name}: {change}")
             self._resumed[name] = saved
+
+    def _instead_of_resuming(self) -> str:
+        """What to do where the checkpoint is of a dense training; it is load_from's where there is one."""
+        work = self._runner.work_dir
+        if self._runner._load_from is not None and Path(work, "last_checkpoint").exists():
+            return f"To go on with the training in {work} give load_from = None (--resume --cfg-options load_from=None)"
+        return "To make its network sparse, start a new training from its weights: load_from = ..., resume = False"
 
     # Telling
 
@@ -274,13 +288,22 @@ def _locate(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
 
 
 def _initialise_now(runner: Any, model: nn.Module) -> None:
-    """What the runner does before it trains: in-place initialisation through gates would be lost."""
+    """What the runner does before it trains: in-place initialisation through gates would be lost.
+
+    Where it fails, as weights to start from cannot be reached, a test does without it, and a training raises that.
+    """
     from mmengine.dist import broadcast
 
+    failure: Exception | None = None
     if hasattr(model, "init_weights"):
-        model.init_weights()  # type: ignore[operator]
+        try:
+            model.init_weights()  # type: ignore[operator]
+        except Exception as error:  # whatever a model makes of it
+            failure = error
 
     def share() -> None:
+        if failure is not None:
+            raise failure
         for value in model.state_dict().values():
             broadcast(value)
 

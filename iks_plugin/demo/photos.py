@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import IksError
+from ..images import reason_of
 from .optional import progress_bar, require
 
 if TYPE_CHECKING:
@@ -133,10 +134,10 @@ def read_image(path: Path) -> Pixels:
             if opened.mode.startswith(("I", "F")):
                 raise IksError(f"expected 8 bits per channel, got more (Pillow mode {opened.mode})")
             image = operations.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        # Pillow's plugins raise SyntaxError on broken headers; its own messages repeat the path.
-        reason = "not an image that Pillow can read" if isinstance(error, pillow.UnidentifiedImageError) else error
-        raise IksError(f"unreadable: {reason}") from error
+    except IksError:
+        raise
+    except Exception as error:  # Pillow's plugins raise about anything on damaged files
+        raise IksError(f"unreadable: {reason_of(error)}") from error
     longer = max(image.size)
     if longer > LARGEST_SIDE:
         size = tuple(max(1, round(side * LARGEST_SIDE / longer)) for side in image.size)
