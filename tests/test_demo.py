@@ -347,7 +347,7 @@ class TestRun:
         for name in [name for name in sys.modules if name.split(".")[0] == module]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(IksError, match=rf'needs {package} .*: run pip install "iks-plugin\[demo\]"'):
+        with pytest.raises(IksError, match=f"needs {package} .*: run pip install pillow scikit-image tqdm"):
             run(out=tmp_path / "out", quick=True, steps=20, say=lambda line: None)
 
 
