@@ -272,7 +272,12 @@ assert abs(controller.sparsity - 0.8) < 0.001, controller.sparsity
 """
 
 
-@pytest.mark.parametrize("part", ["make_step", "train_step"])
+OLD_COMPILER = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="torch 2.1 cannot trace the backward pass of an autograd function"
+)
+
+
+@pytest.mark.parametrize("part", ["make_step", pytest.param("train_step", marks=OLD_COMPILER)])
 def test_steps_count_within_what_is_compiled(part):
     subprocess.run([sys.executable, "-c", COMPILED_WHOLE.replace("PART", part)], check=True)
 
