@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import is_compiling
-from .errors import IksWarning
+from .errors import warn_user
 from .program import UnexpectedInputError
 from .runtime import Packed, PackedWeight, version_of
 from .swap import Swapped, original_class, swapped_class
@@ -263,10 +262,8 @@ def speed_up(model: nn.Module) -> None:
         return
     if importlib.util.find_spec("numba") is None:
         if not _told:
-            warnings.warn(
+            warn_user(
                 "packed layers run without their fast kernels, which need the package numba: pip install numba",
-                IksWarning,
-                stacklevel=3,
             )
         _told = True
         return

@@ -160,7 +160,7 @@ def check_sparsity(value: Any, name: str = "target_sparsity") -> float:
 
 def check_leaves_some(target_sparsity: float, weights: int) -> None:
     """Raise an OptionError where so many zeros, rounded, are all of the `weights`."""
-    if weights and count_for(target_sparsity, weights) == weights:
+    if count_for(target_sparsity, weights) == weights:
         raise OptionError(
             f"target_sparsity {target_sparsity} of {weights} weights, rounded, is all of them: none would be left"
         )

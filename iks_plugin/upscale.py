@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import lcm
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .errors import IksError, IksWarning, OptionError
+from .errors import IksError, OptionError, warn_user
 from .network import Network
 from .receptive import COLUMNS, ROWS, NoAnswerError, Reach
 from .tiles import Cut, Tile, cuts, mirrored
@@ -186,11 +185,9 @@ class Upscaler:
     def _warn_of_waste(self, tiles: list[Tile], pixels: int) -> None:
         times = sum(tile.pixels for tile in tiles) / pixels
         if times > _WASTE:
-            warnings.warn(
+            warn_user(
                 f"the tiles see {times:.0f} times as many pixels as the image has, as each must see far around it: "
                 "take larger tiles, or approximate ones that see less (a smaller overlap)",
-                IksWarning,
-                stacklevel=5,
             )
 
 
