@@ -23,10 +23,21 @@ if importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext") is
     module.__spec__ = importlib.util.spec_from_loader("mmcv._ext", None)
     module.__getattr__ = missing
     sys.modules["mmcv._ext"] = module
+
+from yapf.yapflib import yapf_api
+format_code, formatted = yapf_api.FormatCode, {}
+def format_once(text, **style):
+    if text not in formatted:
+        formatted[text] = format_code(text, **style)
+    return formatted[text]
+for module in (yapf_api, sys.modules.get("mmengine.config.config")):
+    if module is not None:
+        module.FormatCode = format_once
 """
 """Where mmcv has no compiled operations (mmcv-lite): functions that raise when they are called, and none is.
 
-MMagic imports them all, also for networks that use none of them.
+MMagic imports them all, also for networks that use none of them. And MMEngine formats its config with yapf for each log
+and each checkpoint, the same text again and again, which is most of the time of a tiny training: each text once.
 """
 
 exec(STAND_IN)

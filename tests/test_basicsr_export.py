@@ -216,15 +216,3 @@ def test_which_network_of_a_file_is_preferred():
     state = net.state_dict()
     assert preferred({"params": state, "epoch": 3}, [net]) is state  # a class with a file of its own
     assert preferred({}, [net]) == {} and preferred([1], [net]) == [1]
-
-
-@pytest.mark.slow
-def test_of_several_processes_one_writes(tmp_path):
-    toys.write_images(tmp_path, 4)
-    opt = toys.options(tmp_path, train=EMA, iks={"target_sparsity": 0.9, "export": True})
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = ["-m", "iks_basicsr", "-opt", toys.write_options(opt, tmp_path), "--launcher", "pytorch"]
-    done = toys.run_python(*start, *arguments, cwd=tmp_path)
-    assert (done.stdout + done.stderr).count("iks: net_g_20.iks has ") == 1
-    content = toys.saved(tmp_path, "net_g_20.pth")["params_ema"]
-    toys.assert_same(loaded(models(tmp_path) / "net_g_20.iks", opt["network_g"]), content)

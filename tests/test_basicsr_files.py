@@ -55,7 +55,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 @pytest.mark.slow
 def test_a_training_that_is_killed_at_random_moments_always_resumes(tmp_path):
     """`python tests/test_basicsr_files.py 20` does so 20 times."""
-    kill_and_resume(tmp_path, kills=5)
+    kill_and_resume(tmp_path, kills=3)
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> None:

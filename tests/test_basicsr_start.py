@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import basicsr_toys as toys
+import iks_plugin
 
 SCRIPT = """
 import os, sys
@@ -106,6 +107,7 @@ def test_importing_is_enough_in_one_s_own_script(tmp_path):
 def test_several_processes(with_script, tmp_path):
     """Two of them over gloo: with workers for the data, which BasicSR spawns, or resumed."""
     opt = prepared(tmp_path, train={"ema_decay": 0.5, "optim_g": {**toys.ADAM, "weight_decay": 0.1}})
+    opt["iks"] = {"target_sparsity": 0.9, "export": True}
     if with_script:
         opt["network_g"]["type"] = "OwnEDSR"
         opt["datasets"]["train"].update(num_worker_per_gpu=1, dataset_enlarge_ratio=50)  # they start once per epoch
@@ -116,10 +118,13 @@ def test_several_processes(with_script, tmp_path):
         arguments = ["-opt", toys.write_options(opt, tmp_path), "--launcher", "pytorch", "--auto_resume"]
         done = toys.run_python(*start, "-m", "iks_basicsr", *script, *arguments, cwd=tmp_path)
         assert "World size (gpu number): 2" in done.stdout + done.stderr
+        assert (done.stdout + done.stderr).count(f"iks: net_g_{end}.iks has ") == 1
         check_sparse(tmp_path)
     assert with_script or "iter: 20." in done.stdout + done.stderr
     saved = toys.saved(tmp_path, f"{end}.state", "training_states")["iks"]["networks"]["net_g"]
     assert saved["controller"]["steps"] == end
+    exported = iks_plugin.load(tmp_path / "experiments/run/models" / f"net_g_{end}.iks")
+    toys.assert_same(dict(exported), dict(toys.saved(tmp_path, f"net_g_{end}.pth")["params_ema"]))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +134,21 @@ def test_several_processes(with_script, tmp_path):
         (["--help"], 0, "usage: python -m iks_basicsr"),
         (["missing.py", "-opt", "x.yml"], 2, "cannot read the script 'missing.py': No such file"),
         (["run.yml"], 2, "error: run.yml is an option file: write -opt run.yml"),
-        (["-opt", "run.yml"], 2, "error: run.yml, block iks: target_sparsity must be a number in [0, 1), got 90"),
     ],
 )
-def test_wrong_use_is_told_in_a_line(arguments, code, said, tmp_path):
+def test_wrong_use_is_told_in_a_line(arguments, code, said, monkeypatch, capsys):
+    from iks_basicsr.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["iks_basicsr", *arguments])
+    assert main() == code
+    assert said in "".join(capsys.readouterr())
+
+
+def test_a_wrong_block_is_told_in_a_line(tmp_path):
     toys.write_options(toys.options(tmp_path, iks=90), tmp_path)
-    done = toys.run_python("-m", "iks_basicsr", *arguments, cwd=tmp_path, check=False)
-    assert done.returncode == code and said in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    done = toys.run_python("-m", "iks_basicsr", "-opt", "run.yml", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: run.yml, block iks: target_sparsity must be a number in [0, 1), got 90" in done.stdout + done.stderr
 
 
 def test_without_basicsr_the_import_says_what_to_do(tmp_path):

@@ -32,6 +32,15 @@ WRONG = {
         "dict(target_sparsity=0.9, network='generater')",
         "config key iks.network: BaseEditModel has no network 'generater', it has generator",
     ),
+    "part of a network": (
+        "dict(target_sparsity=0.9, network='generator.body')",
+        r"expected a whole network of BaseEditModel, got 'generator.body', .*: write network='generator' and "
+        r"include=\['body\.\*'\]",
+    ),
+    "layer": (
+        "dict(target_sparsity=0.9, network='generator.conv_last')",
+        r"got 'generator.conv_last', .*: write network='generator' and include=\['conv_last'\]",
+    ),
     "network, empty": (
         "dict(target_sparsity=0.9, network=['generator', ''])",
         r"config key iks: network must be the name of a network or a list .*, got \['generator', ''\]",

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import iks_plugin
 import mmagic_toys as toys
 from basicsr_toys import assert_same, write_images
-from test_mmagic_start import LAUNCHER, SEPARATE
 from test_mmagic_training import EMA, EMA_OF_MMAGIC, GAN, SHARPENED, zeros_and_weights
 
 EXPORT = "dict(target_sparsity=0.9, export=True)"
@@ -222,19 +221,3 @@ def test_a_resumed_training_writes_them_as_the_straight_one(tmp_path):
 def test_the_option_can_come_from_the_command_line(tmp_path):
     trained(tmp_path, "dict(target_sparsity=0.9)", iks__export="int8")
     assert "iter_20.iks" in compact(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gan", [False, True], ids=["EMAHook", "networks wrapped apart"])
-def test_several_processes_write_the_network_without_its_wrappers(gan, tmp_path):
-    write_images(tmp_path, 4)
-    options = "upscale_factor=2"
-    more = (
-        GAN.format(model="SRGAN", generator="MSRResNet", more=options, disc_steps=1, disc_init_steps=0, hooks=SEPARATE)
-        if gan
-        else EMA
-    )
-    config = toys.write_config(tmp_path, EXPORT, more)
-    toys.run_tool("train", config, "--launcher", "pytorch", folder=tmp_path, launcher=LAUNCHER)
-    state = toys.saved(tmp_path, "iter_20.pth")["state_dict"]
-    assert_same(loaded(tmp_path, "iter_20.iks", config), within(state, "generator"))

@@ -18,6 +18,7 @@ import torch
 
 import mmagic_toys as toys
 from basicsr_toys import assert_same, write_images
+from test_mmagic_export import EXPORT, loaded, within
 from test_mmagic_training import EMA, GAN, zeros_and_weights
 
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -30,19 +31,19 @@ def test_two_processes_train_as_one_with_their_batches_together(tmp_path):
     plain = "train_dataloader = dict(num_workers=0, batch_size={}, sampler=dict(shuffle=False), " + (
         "dataset=dict(pipeline=train_pipeline, **images))"
     )
+    config = toys.write_config(tmp_path, EXPORT, more=f"{plain.format(1)}\n{EMA}")
+    toys.run_tool("train", config, "--launcher", "pytorch", folder=tmp_path, launcher=LAUNCHER)
     one = tmp_path / "one"
-    for folder, batch, launcher in ((tmp_path, 1, LAUNCHER), (one, 2, ())):
-        folder.mkdir(exist_ok=True)
-        write_images(folder, 4)
-        config = toys.write_config(folder, more=f"{plain.format(batch)}\n{EMA}")
-        arguments = [config, *(["--launcher", "pytorch"] if launcher else [])]
-        toys.run_tool("train", *arguments, folder=folder, launcher=launcher)
+    one.mkdir()
+    write_images(one, 4)
+    toys.run(toys.write_config(one, more=f"{plain.format(2)}\n{EMA}"))
     together, alone = toys.saved(tmp_path, "iter_20.pth"), toys.saved(one, "iter_20.pth")
     for key, value in alone["state_dict"].items():
         torch.testing.assert_close(together["state_dict"][key], value, rtol=1e-3, atol=1e-4)
     assert together["iks"]["controllers"] == alone["iks"]["controllers"]
     zeros, weights = zeros_and_weights(together["state_dict"])
     assert zeros == round(0.9 * weights)
+    assert_same(loaded(tmp_path, "iter_20.iks", config), within(together["state_dict"], "generator"))
 
 
 @pytest.mark.slow
@@ -56,12 +57,13 @@ def test_a_gan_in_two_processes_that_wrap_its_networks_apart_resumes(tmp_path):
         disc_init_steps=0,
         hooks=SEPARATE,
     )
-    config = toys.write_config(tmp_path, more=more)
+    config = toys.write_config(tmp_path, EXPORT, more)
     toys.run_tool("train", config, "--launcher", "pytorch", folder=tmp_path, launcher=LAUNCHER)
     straight = toys.saved(tmp_path, "iter_20.pth")
     assert not any("threshold" in key for key in straight["state_dict"])
     zeros, weights = zeros_and_weights(straight["state_dict"])
     assert zeros == round(0.9 * weights) > 0
+    assert_same(loaded(tmp_path, "iter_20.iks", config), within(straight["state_dict"], "generator"))
     (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_10.pth"))
     arguments = [config, "--launcher", "pytorch", "--resume"]
     done = toys.run_tool("train", *arguments, folder=tmp_path, launcher=LAUNCHER)

@@ -269,6 +269,13 @@ def _find(model: nn.Module, name: str) -> nn.Module:
             f"config key iks.network: {type(model).__name__} has no network {name!r}, "
             f"it has {', '.join(children) or 'none'}"
         )
+    whole, dot, part = name.partition(".")
+    if dot:  # optimizers and EMA copies are those of whole networks
+        pattern = f"{part}.*" if any(located[1].children()) else part
+        raise OptionError(
+            f"config key iks.network: expected a whole network of {type(model).__name__}, got {name!r}, a part of one: "
+            f"write network={whole!r} and include=[{pattern!r}]"
+        )
     return located[1]
 
 
