@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-STAND_IN = """
+PRELUDE = """
 import importlib.util, sys, types
 if importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext") is None:
     def missing(name):
@@ -34,13 +34,14 @@ for module in (yapf_api, sys.modules.get("mmengine.config.config")):
     if module is not None:
         module.FormatCode = format_once
 """
-"""Where mmcv has no compiled operations (mmcv-lite): functions that raise when they are called, and none is.
+"""What comes before MMagic in each process.
 
-MMagic imports them all, also for networks that use none of them. And MMEngine formats its config with yapf for each log
-and each checkpoint, the same text again and again, which is most of the time of a tiny training: each text once.
+Where mmcv has no compiled operations (mmcv-lite): functions that raise when they are called, and none is; MMagic has
+them all imported, also for networks that use none of them. And each text of a config is formatted once: yapf formats
+the same one for each checkpoint of MMEngine and each start, which is most of the time of a tiny training.
 """
 
-exec(STAND_IN)
+exec(PRELUDE)
 
 PARENT = "mmagic::edsr/edsr_x2c64b16_1xb16-300k_div2k.py"
 CONFIG = """
@@ -138,7 +139,7 @@ def run_tool(
     import mmagic
 
     (folder / "site").mkdir(exist_ok=True)
-    (folder / "site" / "sitecustomize.py").write_text(STAND_IN)
+    (folder / "site" / "sitecustomize.py").write_text(PRELUDE)
     path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
     script = Path(mmagic.__file__).parent / ".mim" / "tools" / f"{tool}.py"
     done = subprocess.run(

@@ -142,7 +142,7 @@ def start(config: Path, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
     log = folder / "output.txt"
     script = folder / "train.py"
     script.write_text(
-        f"{toys.STAND_IN}\nfrom mmengine.config import Config\nfrom mmengine.runner import Runner\n"
+        f"{toys.PRELUDE}\nfrom mmengine.config import Config\nfrom mmengine.runner import Runner\n"
         f"cfg = Config.fromfile({str(config)!r})\ncfg.resume = True\nRunner.from_cfg(cfg).train()\n"
     )
     with log.open("wb") as stream:
