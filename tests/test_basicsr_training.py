@@ -248,10 +248,11 @@ def test_weight_decay_leaves_thresholds_alone(tmp_path):
     assert [len(group["params"]) for group in groups] == [12, 4]
 
 
-def test_groups_that_a_model_makes_itself_keep_their_options(tmp_path):
+def test_groups_that_a_model_makes_itself_keep_their_options_and_layers_that_it_freezes_are_warned_of(tmp_path):
     opt = prepared(tmp_path, "VideoRecurrentModel")
     opt["train"]["optim_g"] = {**toys.ADAM, "weight_decay": 0.1}
-    toys.train(opt, tmp_path)
+    with pytest.warns(IksWarning, match="24 rewritten layers do not require a gradient .*spynet.basic_module.0"):
+        toys.train(opt, tmp_path)
     groups = toys.saved(tmp_path, "4.state", "training_states")["optimizers"][0]["param_groups"]
     rates = [group["initial_lr"] for group in groups]
     assert rates == [1e-3, 1e-3, 5e-4, 5e-4] and [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.0]
@@ -668,12 +669,6 @@ def test_options_of_a_model_are_plain_where_they_are_saved(tmp_path):
     torch.save(model.opt, tmp_path / "options.pth")
     assert type(torch.load(tmp_path / "options.pth", weights_only=False)["network_g"]["type"]) is str
     assert type(model.opt["network_t"]["type"]) is str
-
-
-def test_layers_that_are_frozen_after_the_rewrite_are_warned_of(tmp_path):
-    opt = prepared(tmp_path, "VideoRecurrentModel")
-    with pytest.warns(IksWarning, match="24 rewritten layers do not require a gradient .*spynet.basic_module.0"):
-        toys.train(opt, tmp_path)
 
 
 def test_a_schedule_that_is_given_anew_replaces_that_of_the_state(tmp_path):

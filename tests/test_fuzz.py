@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from fuzz_files import make_case, make_samples, violations
 
-FILES = 1000
+FILES = 600
 
 
 @pytest.mark.slow
