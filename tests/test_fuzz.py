@@ -1,4 +1,7 @@
-"""Thousands of damaged and hostile compact files: an error that names the file, or the right tensors."""
+"""Hundreds of damaged and hostile compact files: an error that names the file, or the right tensors.
+
+`benchmarks/fuzz_files.py` makes thousands of them.
+"""
 
 from __future__ import annotations
 
