@@ -166,10 +166,10 @@ def train(
 ) -> list[float]:
     """A plain loop on noise; returns the losses."""
     generator = torch.Generator().manual_seed(seed)
-    dtype = next(model.parameters()).dtype
+    weight = next(model.parameters())
     losses = []
     for _ in range(steps):
-        x = torch.randn(2, channels, 10, 10, generator=generator, dtype=dtype)
+        x = torch.randn(2, channels, 10, 10, generator=generator, dtype=weight.dtype).to(weight.device)
         optimizer.zero_grad()
         loss = (model(x) - x).square().mean()
         loss.backward()
