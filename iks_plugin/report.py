@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from .errors import IksError
 from .layers import Gated, gated_layers
@@ -109,9 +109,7 @@ def report(model: nn.Module) -> Report:
         raise IksError("the model is on the meta device, where weights have no values: load them before a report")
     gated = {id(layer.raw_weight): layer for layer in gated_layers(model).values()}
     thresholds = {id(layer.threshold) for layer in gated.values()}
-    parameters = [
-        p for p in model.parameters() if id(p) not in thresholds and not isinstance(p, UninitializedParameter)
-    ]
+    parameters = [p for p in model.parameters() if id(p) not in thresholds and not is_lazy(p)]
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     with torch.no_grad():
         rows = [_describe(name, module) for name, module in model.named_modules() if _is_listed(module)]
@@ -143,7 +141,7 @@ def _is_rewritten(module: nn.Module) -> bool:
 
 def _describe(name: str, module: nn.Module) -> LayerReport:
     weight = module._parameters.get("weight")
-    if isinstance(weight, UninitializedParameter):
+    if weight is not None and is_lazy(weight):
         return LayerReport(name, type(module).__name__, (), 0, 0, 0.0, False, "it has no weight yet")
     # A parametrised weight is read from a copy: computing it may change buffers (spectral norm in training mode).
     source = copy.deepcopy(module) if hasattr(module, "parametrizations") else module

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from .errors import IksError, OptionError
 from .layers import GATE_ATTRIBUTES, Gated, sparse_class, threshold_shape
@@ -91,7 +91,7 @@ def holds_kernel(module: nn.Module) -> bool:
     if "weight" in getattr(module, "parametrizations", ()):
         # Not `module.weight`: computing it may have side effects, such as spectral norm's power iteration.
         return any(original.ndim >= 2 for original in module.parametrizations["weight"].parameters())  # type: ignore[index,union-attr]
-    return isinstance(weight, UninitializedParameter) or (isinstance(weight, Tensor) and weight.ndim >= 2)
+    return isinstance(weight, Tensor) and (is_lazy(weight) or weight.ndim >= 2)
 
 
 def names_of_layers(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> list[list[str]]:
@@ -163,7 +163,7 @@ def _unfit(name: str, module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "parametrised: its weight is computed from other parameters"
-    if isinstance(weight, UninitializedParameter):
+    if is_lazy(weight):
         raise IksError(
             f"layer {name!r} ({type(module).__name__}) has no weight yet: "
             "run the model once on an input before sparsify, so that lazy layers get their shapes"

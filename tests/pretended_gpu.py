@@ -14,12 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _python_dispatch
 from torch.utils._pytree import tree_flatten, tree_map
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-AVAILABLE = hasattr(torch.autograd, "_engine_run_backward")
-"""In torch 2.1 there is nothing by which the mode could stay in force in the backward pass."""
 
 _aten = torch.ops.aten
 _BETWEEN_DEVICES = {_aten.copy_.default, _aten._to_copy.default}
@@ -29,20 +26,29 @@ _BY_INDEX = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defau
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """`device="cuda"`, `.to("cuda")` and `.cuda()` give such tensors, `.cpu()` and `.to("cpu")` plain ones."""
-    run = torch.autograd._engine_run_backward
-
-    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
-        with _Devices():  # torch switches a mode off for what it calls
-            return run(*args, **kwargs)
-
-    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    future = torch.__future__
+    converting = "swap" if hasattr(future, "set_swap_module_params_on_conversion") else "overwrite"  # torch 2.1
+    convert = getattr(future, f"set_{converting}_module_params_on_conversion")
+    before = getattr(future, f"get_{converting}_module_params_on_conversion")()
     with pytest.MonkeyPatch.context() as patch, _Devices():
-        patch.setattr(torch.autograd, "_engine_run_backward", run_in_mode)
-        torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object
+        patch.setattr(torch.autograd.Variable, "_execution_engine", _Engine)
+        convert(True)  # as a plain parameter's memory cannot become the GPU's
         try:
             yield
         finally:
-            torch.__future__.set_swap_module_params_on_conversion(swapped)
+            convert(before)
+
+
+class _Engine:
+    """The backward pass, with the mode: torch switches it off for what it calls."""
+
+    _engine = torch.autograd.Variable._execution_engine
+    queue_callback = _engine.queue_callback
+
+    @classmethod
+    def run_backward(cls, *args: Any, **kwargs: Any) -> Any:
+        with _Devices():
+            return cls._engine.run_backward(*args, **kwargs)
 
 
 class OnGpu(Tensor):
@@ -99,13 +105,16 @@ class OnGpu(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnGpu:
         if id(self) not in memo:
-            memo[id(self)] = _made_anew(self.inner, self.requires_grad, isinstance(self, nn.Parameter))
+            copied = OnGpu(self.inner.clone())
+            if isinstance(self, nn.Parameter):
+                copied = nn.Parameter(copied)
+            memo[id(self)] = copied.requires_grad_(self.requires_grad)
             if self.grad is not None:
-                memo[id(self)].grad = self.grad.clone()
+                copied.grad = self.grad.clone()
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _made_anew, (self.inner, self.requires_grad, isinstance(self, nn.Parameter))
+        return self.inner.__reduce_ex__(protocol)  # from a file it comes as with map_location="cpu"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -113,14 +122,9 @@ class OnGpu(Tensor):
         _refuse_mixed(func, args, [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)])
         plain, named = tree_map(_inner, args), tree_map(_inner, kwargs)
         result = func(*plain, **{name: CPU if isinstance(x, torch.device) else x for name, x in named.items()})
-        if func is _aten.copy_.default and not isinstance(args[0], OnGpu):
-            return args[0]
-        return _python_dispatch.return_and_correct_aliasing(func, args, kwargs, tree_map(_wrapped, result))
-
-
-def _made_anew(inner: Tensor, requires_grad: bool, is_parameter: bool) -> OnGpu:
-    made = OnGpu(inner.clone())
-    return nn.Parameter(made, requires_grad=requires_grad) if is_parameter else made.requires_grad_(requires_grad)
+        if "out" in kwargs:
+            return kwargs["out"]
+        return args[0] if func._schema.is_mutable else tree_map(_wrapped, result)
 
 
 def _inner(value: Any) -> Any:
@@ -138,7 +142,7 @@ def _refuse_mixed(func: Any, args: Any, tensors: list[Tensor]) -> None:
     if func in _BY_INDEX:
         tensors = [args[0], *(x for x in args[2:3] if isinstance(x, Tensor))]
     others = [x for x in tensors if not isinstance(x, OnGpu)]
-    changes_another = func._schema.name.endswith("_") and not isinstance(args[0], OnGpu)
+    changes_another = func._schema.is_mutable and not isinstance(args[0], OnGpu)
     if any(x.dim() for x in others) or (others and changes_another):
         raise RuntimeError(f"expected all tensors to be on the same device, found cuda:0 and cpu in {func}")
 
@@ -181,6 +185,8 @@ class _Devices(TorchFunctionMode):
             return _moved(args[0], CPU)
         if func is Tensor.to:
             return self._to(*args, **kwargs)
+        if func is Tensor.type_as:
+            return self._to(*args)
         if kwargs.get("device") is None:
             return func(*args, **kwargs)
         device = _device(kwargs.pop("device"))
