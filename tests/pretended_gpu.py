@@ -6,8 +6,9 @@ GPU, or a tensor that goes to NumPy from there. Of CUDA's kernels, their roundin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,11 +33,20 @@ def pretended_gpu() -> Iterator[None]:
     before = getattr(future, f"get_{converting}_module_params_on_conversion")()
     with pytest.MonkeyPatch.context() as patch, _Devices():
         patch.setattr(torch.autograd.Variable, "_execution_engine", _Engine)
+        patch.setattr(torch, "load", partial(_load, torch.load))
         convert(True)  # as a plain parameter's memory cannot become the GPU's
         try:
             yield
         finally:
             convert(before)
+
+
+def _load(original: Callable[..., Any], file: Any, map_location: Any = None, **kwargs: Any) -> Any:
+    """Tensors of a file come to the CPU, and from there to where they are asked for."""
+    if not isinstance(map_location, (str, torch.device)):
+        return original(file, map_location, **kwargs)
+    loaded, device = original(file, "cpu", **kwargs), torch.device(map_location)
+    return tree_map(lambda value: _moved(value, device) if isinstance(value, Tensor) else value, loaded)
 
 
 class _Engine:
@@ -114,7 +124,7 @@ class OnGpu(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.inner.__reduce_ex__(protocol)  # from a file it comes as with map_location="cpu"
+        return self.inner.__reduce_ex__(protocol)  # a file does not know of it
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

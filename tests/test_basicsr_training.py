@@ -18,6 +18,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 import basicsr_toys as toys
 from iks_plugin import IksError, IksWarning, OptionError
 from iks_plugin.gate import soft_threshold
+from pretended_gpu import pretended_gpu
 
 EMA = {"train": {"ema_decay": 0.5}}
 
@@ -137,6 +138,23 @@ def test_a_resumed_training_is_the_straight_one_to_the_bit(case, tmp_path):
             build_network(opt["network_g"]).load_state_dict(params, strict=True)
             zeros, weights = toys.zeros_and_weights(params, gated)
             assert zeros == round(0.9 * weights), (name, key)
+
+
+@pytest.mark.slow
+def test_a_training_on_a_gpu_and_its_resume_are_those_on_the_cpu(tmp_path):
+    saved = []
+    for count in (0, 1):
+        folder = tmp_path / f"{count} GPUs"
+        opt = {**prepared(folder, "SRModel"), "num_gpu": count}
+        with pretended_gpu():
+            toys.train(opt, folder)
+            saved.append(toys.saved(folder, "net_g_20.pth"))
+            (folder / "experiments" / "run" / "training_states" / "20.state").unlink()
+            toys.train(opt, folder, "--auto_resume")
+            saved.append(toys.saved(folder, "net_g_20.pth"))
+    straight, *others = saved
+    for other in others:
+        toys.assert_same(other, straight)
 
 
 @pytest.mark.parametrize("case", ["SRModel", "SRGANModel", "SwinIRModel", "VideoRecurrentModel"])

@@ -22,6 +22,7 @@ import mmagic_toys as toys
 from basicsr_toys import assert_same, write_images
 from iks_plugin import IksWarning, OptionError
 from iks_plugin.gate import soft_threshold
+from pretended_gpu import pretended_gpu
 
 EMA = 'custom_hooks = [dict(type="EMAHook", momentum=0.1)]'
 AMP = 'optim_wrapper = dict(type="AmpOptimWrapper", dtype="bfloat16", optimizer=dict(lr=1e-3))'
@@ -71,6 +72,26 @@ def test_a_resumed_training_is_the_straight_one_to_the_bit(case, tmp_path, monke
             assert not any("threshold" in key for key in straight[part])
             zeros, weights = zeros_and_weights(straight[part], f"{lead}generator.")
             assert weights == 4032 and zeros == round(0.9 * weights)
+
+
+@pytest.mark.slow
+def test_a_training_on_a_gpu_and_its_resume_are_those_on_the_cpu(tmp_path, monkeypatch):
+    checkpoints = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        write_images(folder, 4)
+        config = toys.write_config(folder, more=EMA)
+        monkeypatch.setattr("mmengine.runner.runner.get_device", lambda device=device: device)
+        with pretended_gpu():
+            for resume in (False, True):
+                runner = toys.run(config, resume=resume)
+                assert {parameter.device.type for parameter in runner.model.parameters()} == {device}
+                checkpoints.append(toys.saved(folder, "iter_20.pth"))
+                (folder / "work" / "last_checkpoint").write_text(str(folder / "work" / "iter_10.pth"))
+    straight, *others = checkpoints
+    for other in others:
+        for part in ("state_dict", "ema_state_dict", "iks"):
+            assert_same(other[part], straight[part], part)
 
 
 @pytest.mark.slow
