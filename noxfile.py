@@ -122,7 +122,7 @@ def _kept_environment(session: nox.Session, name: str, installs: list[list[str]]
     session.run_install("python", "-m", "venv", str(kept))
     for packages in installs:
         # Python compiles what it imports; to compile all of it here would be half of the work.
-        pip = [str(kept / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-compile"]
-        session.run_install(*pip, "--quiet", "--constraint", str(constraints), *packages, external=True)
+        pip = [str(kept / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        session.run_install(*pip, "--no-compile", "--constraint", str(constraints), *packages, external=True)
     (kept / "complete").touch()
     return kept

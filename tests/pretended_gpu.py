@@ -45,8 +45,13 @@ def _load(original: Callable[..., Any], file: Any, map_location: Any = None, **k
     """Tensors of a file come to the CPU, and from there to where they are asked for."""
     if not isinstance(map_location, (str, torch.device)):
         return original(file, map_location, **kwargs)
-    loaded, device = original(file, "cpu", **kwargs), torch.device(map_location)
-    return tree_map(lambda value: _moved(value, device) if isinstance(value, Tensor) else value, loaded)
+    return moved(original(file, "cpu", **kwargs), map_location)
+
+
+def moved(state: Any, device: str | torch.device) -> Any:
+    """The same with every tensor, at any depth of dictionaries and lists, on `device`."""
+    target = torch.device(device)
+    return tree_map(lambda value: _moved(value, target) if isinstance(value, Tensor) else value, state)
 
 
 class _Engine:
@@ -191,8 +196,6 @@ class _Devices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is Tensor.cuda:
             return _moved(args[0], CUDA)
-        if func is Tensor.cpu:
-            return _moved(args[0], CPU)
         if func is Tensor.to:
             return self._to(*args, **kwargs)
         if func is Tensor.type_as:

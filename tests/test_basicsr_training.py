@@ -6,6 +6,7 @@ import copy
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
 from basicsr.utils.registry import MODEL_REGISTRY
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import basicsr_toys as toys
 from iks_plugin import IksError, IksWarning, OptionError
@@ -140,18 +142,35 @@ def test_a_resumed_training_is_the_straight_one_to_the_bit(case, tmp_path):
             assert zeros == round(0.9 * weights), (name, key)
 
 
+@contextmanager
+def devices_of_steps():
+    """The types of the devices whose parameters optimizers have changed meanwhile."""
+    devices = set()
+
+    def note(optimizer, args, kwargs):
+        devices.update(parameter.device.type for group in optimizer.param_groups for parameter in group["params"])
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        yield devices
+    finally:
+        handle.remove()
+
+
 @pytest.mark.slow
 def test_a_training_on_a_gpu_and_its_resume_are_those_on_the_cpu(tmp_path):
     saved = []
-    for count in (0, 1):
-        folder = tmp_path / f"{count} GPUs"
-        opt = {**prepared(folder, "SRModel"), "num_gpu": count}
-        with pretended_gpu():
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        opt = {**prepared(folder, "SRModel"), "num_gpu": int(device == "cuda")}
+        with pretended_gpu(), devices_of_steps() as devices:
             toys.train(opt, folder)
             saved.append(toys.saved(folder, "net_g_20.pth"))
-            (folder / "experiments" / "run" / "training_states" / "20.state").unlink()
+            for path in (folder / "experiments" / "run").glob("*/*20.*"):
+                path.unlink()
             toys.train(opt, folder, "--auto_resume")
             saved.append(toys.saved(folder, "net_g_20.pth"))
+        assert devices == {device}
     straight, *others = saved
     for other in others:
         toys.assert_same(other, straight)

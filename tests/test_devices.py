@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import iks_plugin
 import toys
-from pretended_gpu import OnGpu, pretended_gpu
+from pretended_gpu import OnGpu, moved, pretended_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:training ended at:iks_plugin.IksWarning")
 
@@ -131,14 +131,6 @@ def test_a_training_is_resumed_from_states_of_either_device(saved_on: str) -> No
         toys.train(one, its_optimizer, STEPS // 2, seed=1)
         iks_plugin.finalize(one)
     assert_same(resumed, model.cpu())
-
-
-def moved(state: Any, device: str) -> Any:
-    if isinstance(state, dict):
-        return {key: moved(value, device) for key, value in state.items()}
-    if isinstance(state, list):
-        return [moved(value, device) for value in state]
-    return state.to(device) if isinstance(state, Tensor) else state
 
 
 def test_validation_ema_and_the_dial() -> None:

@@ -87,6 +87,8 @@ def test_a_training_on_a_gpu_and_its_resume_are_those_on_the_cpu(tmp_path, monke
                 runner = toys.run(config, resume=resume)
                 assert {parameter.device.type for parameter in runner.model.parameters()} == {device}
                 checkpoints.append(toys.saved(folder, "iter_20.pth"))
+                for path in (folder / "work").glob("*_20.pth"):
+                    path.unlink()
                 (folder / "work" / "last_checkpoint").write_text(str(folder / "work" / "iter_10.pth"))
     straight, *others = checkpoints
     for other in others:
