@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import eager
+from .distributed import average
 from .layers import Gated
 
 _POSITIONS = 512
@@ -50,7 +50,7 @@ class CurvatureWatcher:
         layers: returns the layers by name.
     """
 
-    def __init__(self, layers: Callable[[], Mapping[str, nn.Module]]) -> None:
+    def __init__(self, layers: Callable[[], Mapping[str, Gated]]) -> None:
         self._layers = layers
         self._handle: Any = None
         self._names: dict[int, str] = {}
@@ -93,16 +93,12 @@ class CurvatureWatcher:
     def found(self) -> dict[str, Curvature]:
         """What has been measured of each layer that took part; in a distributed training the mean over all of it."""
         found = {name: Curvature(inputs, gradients) for name, (inputs, gradients, _) in self._means.items()}
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return found
-        shared: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shared, sorted(found))
-        everywhere = set(shared[0]).intersection(*shared[1:])
-        for name in sorted(everywhere):
-            for tensor in (found[name].inputs, found[name].gradients):
-                dist.all_reduce(tensor)
-                tensor /= dist.get_world_size()
-        return {name: found[name] for name in sorted(everywhere)}
+        layers = self._layers()
+        shares = [torch.tensor(float(name in found), device=layer.raw_weight.device) for name, layer in layers.items()]
+        average(shares)  # of the processes that have measured a layer
+        found = {name: found[name] for name, share in zip(layers, shares, strict=True) if share == 1}
+        average(part for curvature in found.values() for part in (curvature.inputs, curvature.gradients))
+        return found
 
     def missed(self) -> list[str]:
         """Layers that had gradients to pass on but could not be measured, as in eval mode."""

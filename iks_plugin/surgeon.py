@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .curvature import Curvature, parts_of
+from .distributed import take_the_first
 from .laws import CLOSED
 from .layers import Gated
 from .measure import zeros_in
@@ -252,9 +252,5 @@ def _wake(layers: Mapping[str, Gated], count: int) -> None:
 
 def _agree(layers: Mapping[str, Gated]) -> None:
     """In a distributed training, take what the first process has: rounding may differ between machines."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    for layer in layers.values():
-        for tensor in (layer.raw_weight, layer.threshold, getattr(layer, "bias", None)):
-            if tensor is not None:
-                dist.broadcast(tensor, 0)  # not its `.data`: gloo's thread must not be the last to hold it
+    parts = [(layer.raw_weight, layer.threshold, getattr(layer, "bias", None)) for layer in layers.values()]
+    take_the_first(part for of_layer in parts for part in of_layer if part is not None)

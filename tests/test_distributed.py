@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,12 @@ from torch import nn
 
 import iks_plugin
 import toys
+from iks_plugin import distributed
+from iks_plugin.curvature import CurvatureWatcher
+from iks_plugin.layers import gated_layers
 
 STEPS = 30
+DTYPES = (torch.float32, torch.float64)
 
 
 def free_port() -> int:
@@ -35,6 +41,8 @@ def worker(rank: int, folder: str, port: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for case, options in CASES.items():
         torch.save(trained(rank, options), Path(folder, f"{case}{rank}.pt"))
+    torch.save(exchanged(rank), Path(folder, f"exchanged{rank}.pt"))
+    torch.save(measured(rank), Path(folder, f"measured{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
@@ -47,6 +55,36 @@ def trained(rank: int, options: dict[str, Any]) -> dict[str, Any]:
     for step in range(STEPS):
         toys.train(wrapped, optimizer, 1, seed=2 * step + rank)  # different data
     return {"model": model.state_dict(), "controller": controller.state_dict(), "sparsity": controller.sparsity}
+
+
+def numbers(rank: int) -> list[torch.Tensor]:
+    """Of two dtypes, and of several shapes: one that is empty, and one whose memory has another order."""
+    generator = torch.Generator().manual_seed(rank)
+    shapes = [(2, 3), (0,), (), (4, 3, 2, 2)]
+    made = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes for dtype in DTYPES]
+    return [tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor for tensor in made]
+
+
+def exchanged(rank: int) -> dict[str, list[torch.Tensor]]:
+    first, mean = numbers(rank), numbers(rank)
+    distributed.take_the_first(first)
+    distributed.average(mean)
+    return {"first": first, "mean": mean}
+
+
+def measured(rank: int) -> dict[str, Any]:
+    """What is known of two layers when the second process has used one alone."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Conv2d(3, 3, 3) for name in ("common", "alone")})
+    iks_plugin.sparsify(model, 0.5, include="*", ramp_steps=1)
+    layers = gated_layers(model)
+    watcher = CurvatureWatcher(lambda: layers)
+    watcher.start()
+    for name in ["common", "alone"] if rank == 0 else ["common"]:
+        model[name](torch.full((1, 3, 8, 8), float(rank + 1))).sum().backward()
+    own = watcher.unfinished()
+    watcher.stop()
+    return {"own": own, "found": {name: [known.inputs, known.gradients] for name, known in watcher.found().items()}}
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +103,58 @@ def test_two_processes_end_identical(case, states):
     assert one["sparsity"] == other["sparsity"]
     if "ramp_steps" in CASES[case]:
         assert one["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_values_of_all_kinds_reach_every_process(states):
+    one, other = (torch.load(states / f"exchanged{rank}.pt", weights_only=True) for rank in (0, 1))
+    means = [(first + second) / 2 for first, second in zip(numbers(0), numbers(1), strict=True)]
+    for got in (one, other):
+        assert all(map(torch.equal, got["first"], numbers(0)))
+        torch.testing.assert_close(got["mean"], means, rtol=0, atol=0)
+
+
+def test_layers_count_as_measured_where_all_processes_have_measured_them(states):
+    one, other = (torch.load(states / f"measured{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert set(one["own"]) == {"common", "alone"} and set(other["own"]) == {"common"}
+    assert set(one["found"]) == set(other["found"]) == {"common"}
+    for index, (first, second) in enumerate(zip(one["own"]["common"][:2], other["own"]["common"][:2], strict=True)):
+        for got in (one, other):
+            torch.testing.assert_close(got["found"]["common"][index], (first + second) / 2)
+        assert index or not torch.equal(first, second)
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One that takes itself for the first of two, and talks to itself."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    yield
+    monkeypatch.undo()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("held", "waits"), [(0.5, True), (30.0, False)], ids=["for a while", "for ever"])
+def test_an_exchange_ends_when_no_thread_holds_what_was_sent(held, waits, two_processes, monkeypatch):
+    """Ending the process group would wait for that thread, and it for Python (torch 2.1)."""
+    if not waits:
+        monkeypatch.setattr(distributed, "_PATIENCE", 0.1)
+    broadcast, leave, lets_go = torch.distributed.broadcast, threading.Event(), threading.Event()
+
+    def hold(values: list[torch.Tensor]) -> None:
+        leave.wait(held)
+        lets_go.set()
+        values.clear()
+
+    def slowly(values: torch.Tensor, source: int) -> None:
+        broadcast(values, source)
+        threads.append(threading.Thread(target=hold, args=([values],)))
+        threads[-1].start()
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", slowly)
+    tensor = torch.arange(3.0)
+    distributed.take_the_first([tensor])
+    assert lets_go.is_set() == waits and tensor.tolist() == [0, 1, 2]
+    leave.set()
+    threads[0].join()
