@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PATIENCE = 2.0
-"""Seconds within which a backend's thread lets a tensor go, however busy the machine is."""
+_AT_ONCE = 1 << 18
+"""Numbers that are sent in one go."""
 
 
 def take_the_first(tensors: Iterable[Tensor]) -> None:
@@ -20,7 +19,7 @@ def take_the_first(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: of the same shapes and dtypes, and in the same order, in every process.
     """
-    _exchange(tensors, lambda values: dist.broadcast(values, 0))
+    _exchange(tensors, lambda numbers: dist.broadcast(numbers, 0))
 
 
 def average(tensors: Iterable[Tensor]) -> None:
@@ -30,35 +29,37 @@ def average(tensors: Iterable[Tensor]) -> None:
         tensors: of the same shapes and dtypes, and in the same order, in every process.
     """
 
-    def mean(values: Tensor) -> None:
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
+    def mean(numbers: Tensor) -> None:
+        dist.all_reduce(numbers)
+        numbers /= dist.get_world_size()
 
     _exchange(tensors, mean)
 
 
 @torch.no_grad()
 def _exchange(tensors: Iterable[Tensor], collective: Callable[[Tensor], object]) -> None:
-    """Run an in-place collective over the values of all tensors, as few at a time as devices and dtypes allow.
-
-    It returns once no thread of the backend holds what was sent. In torch 2.1 a thread of gloo that is the last to hold
-    a tensor waits for Python while Python, ending the process group, waits for that thread.
-    """
+    """Run an in-place collective over the values of all tensors."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for group in alike.values():
-        _sent(group, collective).wait(_PATIENCE)
+    for (device, dtype), group in alike.items():
+        buffer = _buffer(device, dtype)
+        values = torch.cat([tensor.flatten() for tensor in group])
+        for part in torch.split(values, _AT_ONCE):
+            buffer[: part.numel()].copy_(part)
+            collective(buffer)
+            part.copy_(buffer[: part.numel()])
+        for tensor, part in zip(group, torch.split(values, [tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
-def _sent(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> threading.Event:
-    """Run the collective over a copy of the values and take its results; set once nothing holds that copy."""
-    values = torch.cat([tensor.flatten() for tensor in tensors])
-    collective(values)
-    for tensor, part in zip(tensors, torch.split(values, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-    let_go = threading.Event()
-    weakref.finalize(values, let_go.set).atexit = False
-    return let_go
+@functools.cache
+def _buffer(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The one tensor that is ever sent; it outlives every process group.
+
+    A thread of gloo may hold what was sent for a while longer. In torch 2.1, where nothing else does any more, it waits
+    for Python to let go of it, and Python, while it ends the process group, waits for that thread: for ever.
+    """
+    return torch.zeros(_AT_ONCE, device=device, dtype=dtype)
