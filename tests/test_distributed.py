@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import socket
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +20,6 @@ from iks_plugin.layers import gated_layers
 
 STEPS = 30
 DTYPES = (torch.float32, torch.float64)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 CASES: dict[str, dict[str, Any]] = {
     "exact": {"ramp_steps": 20},
     "paper": {"law": "paper", "epoch_steps": 1, "total_steps": STEPS},
@@ -37,9 +28,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def worker(rank: int, folder: str, port: int) -> None:
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for case, options in CASES.items():
         torch.save(trained(rank, options), Path(folder, f"{case}{rank}.pt"))
     torch.save(exchanged(rank), Path(folder, f"exchanged{rank}.pt"))
@@ -92,7 +83,7 @@ def measured(rank: int) -> dict[str, Any]:
 def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what both processes have at the end of each case."""
     folder = tmp_path_factory.mktemp("states")
-    torch.multiprocessing.spawn(worker, (str(folder), free_port()), nprocs=2)
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
     return folder
 
 
