@@ -94,9 +94,10 @@ class CurvatureWatcher:
         """What has been measured of each layer that took part; in a distributed training the mean over all of it."""
         found = {name: Curvature(inputs, gradients) for name, (inputs, gradients, _) in self._means.items()}
         layers = self._layers()
-        shares = [torch.tensor(float(name in found), device=layer.raw_weight.device) for name, layer in layers.items()]
-        average(shares)  # of the processes that have measured a layer
-        found = {name: found[name] for name, share in zip(layers, shares, strict=True) if share == 1}
+        device = next(iter(layers.values())).raw_weight.device
+        shares = torch.tensor([name in found for name in layers], dtype=torch.float32, device=device)
+        average([shares])  # of the processes that have measured a layer
+        found = {name: found[name] for name, share in zip(layers, shares.tolist(), strict=True) if share == 1}
         average(part for curvature in found.values() for part in (curvature.inputs, curvature.gradients))
         return found
 

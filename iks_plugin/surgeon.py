@@ -252,5 +252,9 @@ def _wake(layers: Mapping[str, Gated], count: int) -> None:
 
 def _agree(layers: Mapping[str, Gated]) -> None:
     """In a distributed training, take what the first process has: rounding may differ between machines."""
-    parts = [(layer.raw_weight, layer.threshold, getattr(layer, "bias", None)) for layer in layers.values()]
-    take_the_first(part for of_layer in parts for part in of_layer if part is not None)
+    take_the_first(
+        tensor
+        for layer in layers.values()
+        for tensor in (layer.raw_weight, layer.threshold, getattr(layer, "bias", None))
+        if tensor is not None
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from iks_plugin.curvature import CurvatureWatcher
 from iks_plugin.layers import gated_layers
 
 STEPS = 30
-DTYPES = (torch.float32, torch.float64)
 CASES: dict[str, dict[str, Any]] = {
     "exact": {"ramp_steps": 20},
     "paper": {"law": "paper", "epoch_steps": 1, "total_steps": STEPS},
@@ -52,8 +50,9 @@ def trained(rank: int, options: dict[str, Any]) -> dict[str, Any]:
 def numbers(rank: int) -> list[torch.Tensor]:
     """Of two dtypes, and of several shapes: one that is empty, one in another order of memory, one not sent at once."""
     generator = torch.Generator().manual_seed(rank)
+    dtypes = (torch.float32, torch.float64)
     shapes = [(2, 3), (0,), (), (4, 3, 2, 2), (distributed._AT_ONCE + 7,)]
-    made = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes for dtype in DTYPES]
+    made = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes for dtype in dtypes]
     return [tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor for tensor in made]
 
 
@@ -115,29 +114,25 @@ def test_layers_count_as_measured_where_all_processes_have_measured_them(states)
         assert index or not torch.equal(first, second)
 
 
-@pytest.fixture
-def two_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One that takes itself for the first of two, and talks to itself."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    yield
-    monkeypatch.undo()
-    torch.distributed.destroy_process_group()
-
-
-def test_what_was_sent_outlives_the_process_group(two_processes, monkeypatch):
+def test_what_was_sent_outlives_the_process_group(monkeypatch):
     """A thread of gloo that is the last to hold it can hang the end of the process group (torch 2.1)."""
     sent: list[weakref.ref[torch.Tensor]] = []
-    for name in ("broadcast", "all_reduce"):
-        send = getattr(torch.distributed, name)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "get_world_size", lambda: 2)  # it talks to itself
+            for name in ("broadcast", "all_reduce"):
+                send = getattr(torch.distributed, name)
 
-        def watched(values: torch.Tensor, *more: Any, send: Any = send) -> None:
-            sent.append(weakref.ref(values))
-            send(values, *more)
+                def watched(values: torch.Tensor, *more: Any, send: Any = send) -> None:
+                    sent.append(weakref.ref(values))
+                    send(values, *more)
 
-        monkeypatch.setattr(torch.distributed, name, watched)
-    for exchange in (distributed.take_the_first, distributed.average):
-        exchange([torch.ones(2, 3), torch.ones(2, dtype=torch.float64)])
+                patch.setattr(torch.distributed, name, watched)
+            for exchange in (distributed.take_the_first, distributed.average):
+                exchange([torch.ones(2, 3), torch.ones(2, dtype=torch.float64)])
+    finally:
+        torch.distributed.destroy_process_group()
     gc.collect()
     assert len(sent) == 4 and all(reference() is not None for reference in sent)
