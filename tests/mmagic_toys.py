@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -42,6 +43,8 @@ the same one for each checkpoint of MMEngine and each start, which is most of th
 """
 
 exec(PRELUDE)
+
+RUNS = itertools.count()
 
 PARENT = "mmagic::edsr/edsr_x2c64b16_1xb16-300k_div2k.py"
 CONFIG = """
@@ -122,13 +125,18 @@ def run(config: Path, what: str = "train", **changes: Any) -> Any:
 
 
 def built(config: Path, **changes: Any) -> Any:
-    """A runner that has not run yet."""
+    """A runner that has not run yet, under a name of its own.
+
+    MMEngine adds the second to a name; of two runners with one name in one second, the later would get the logger (so
+    write no log of its own), the message hub and the visualizer of the earlier.
+    """
     from mmengine.config import Config
     from mmengine.runner import Runner
 
     torch.manual_seed(0)
     cfg = Config.fromfile(str(config))
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
+    cfg.experiment_name = f"run{next(RUNS)}"
     return Runner.from_cfg(cfg)
 
 
