@@ -19,6 +19,8 @@ from .state import checked, file_info, output_axes, unwrapped
 
 RESOLVE_STEPS = 500
 """Optimizer steps after which a training asks again for the sparsity: its weights change how well they compress."""
+RESOLVE_TIMES = 10
+"""How often it asks in a training too short for that, along `total_steps`."""
 
 _CLOSE = 0.99
 """A file of this share of the budget is close enough; a search that ends above it has found its sparsity."""

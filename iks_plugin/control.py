@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import laws, surgeon
-from .budget import RESOLVE_STEPS, refuse_idle, sparsity_for
+from .budget import RESOLVE_STEPS, RESOLVE_TIMES, refuse_idle, sparsity_for
 from .curvature import CurvatureWatcher
 from .errors import IksError, first_of, warn_user
 from .layers import Gated, Goal
@@ -194,7 +194,7 @@ class SparsityController:
         if not due:
             return
         self._postponed_to = None
-        if self._goal.budget is not None and self._steps % RESOLVE_STEPS < self._law.interval:
+        if self._goal.budget is not None and self._steps % self._resolve_steps() < self._law.interval:
             self._aim_at_budget(self._goal.budget)
         if isinstance(self._law, laws.PaperLaw):
             all_shifts(self._gated())  # raises where something is not finite
@@ -205,6 +205,10 @@ class SparsityController:
                 self._start = self.sparsity
             self._warn_of_missed_layers()
             self._shift_to(self._law.wanted(self._steps, self._start, self.target_sparsity))
+
+    def _resolve_steps(self) -> int:
+        total = self._law.total_steps
+        return RESOLVE_STEPS if total is None else min(RESOLVE_STEPS, max(1, total // RESOLVE_TIMES))
 
     def _warn_of_missed_layers(self) -> None:
         missed = self._curvature.missed()

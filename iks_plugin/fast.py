@@ -10,14 +10,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .compiled import is_compiling
 from .errors import warn_user
 from .program import UnexpectedInputError
-from .runtime import Packed, PackedWeight, version_of
+from .runtime import Packed, PackedWeight
 from .swap import Swapped, original_class, swapped_class
 
 _STRIP = (64, 256)
@@ -31,10 +30,6 @@ _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channe
 _TRACES = 4
 """Shapes of images for which the graph of a model is kept that has shapes in it."""
 _ANY: tuple[int, ...] = ()
-
-_PLAIN = (bool, int, float, str, type(None))
-_OTHER = {*nn.Module().__dict__, "_kept", "_iks_streams"} - {"training"}
-"""Attributes that are no settings. Whether a dense weight is kept changes no graph."""
 
 _told = False
 
@@ -88,7 +83,7 @@ class Streams:
         way = self._ways.get(key)
         if way is None:
             with self._lock:
-                way = self._ways.get(key) or self._choose(model, usual, image, key)
+                way = self._ways.get(key) or self._choose(model, image, key)
         try:
             return self._run(way, model, usual, image)
         except UnexpectedInputError:  # a whole image has led to another one than its part
@@ -96,30 +91,30 @@ class Streams:
             return _usual_result(usual, image)
 
     def _run(self, way: str, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor) -> Any:
-        if way in _LAYOUTS:
-            self._weights = _packed_weights(model)
-            for weight in self._weights:
-                weight.keep(_LAYOUTS[way])
-            self._kept = way
-        steps = self._found_steps(model, image) if way == "stream" else None
+        self._keep(way, model)
+        steps = self._trace(model, image).steps if way == "stream" else None
         if steps is None:
             return _usual_result(usual, image)
         from . import tracing
 
         return tracing.run(steps, dict(model.named_modules()), image)
 
-    def _found_steps(self, model: nn.Module, image: Tensor) -> Any:
-        return self._trace(model, image).steps
+    def _keep(self, way: str, model: nn.Module) -> None:
+        if way in _LAYOUTS:
+            self._weights = _packed_weights(model)
+            for weight in self._weights:
+                weight.keep(_LAYOUTS[way])
+            self._kept = way
 
     def _trace(self, model: nn.Module, image: Tensor) -> Any:
-        from . import tracing
+        from . import steady, tracing
 
-        settings, shape = _settings(model), tuple(image.shape)
+        settings, shape = steady.settings_of(model), tuple(image.shape)
         with self._lock:
             if settings != self._settings:
                 self._settings = settings
                 self._traces.clear()
-                self._ways.clear()
+                self._ways = {key: way for key, way in self._ways.items() if way != "stream"}
             key = _ANY if _ANY in self._traces else shape
             if key not in self._traces:
                 trace = tracing.trace(model, image.shape)
@@ -130,41 +125,53 @@ class Streams:
             self._traces.move_to_end(key)
             return self._traces[key]
 
-    def _choose(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor, key: tuple[int, ...]) -> str:
-        """Find the fastest way by trying them on a part of the image."""
+    def _choose(self, model: nn.Module, image: Tensor, key: tuple[int, ...]) -> str:
+        """Find the fastest way by trying them on a part of the image; the model and the image stay as they are."""
+        from . import steady
+
         layout = torch.channels_last if _is_channels_last(image) else torch.contiguous_format
-        # A copy: a model may change its input in place.
         strip = image[:1, :, : _STRIP[0], : _STRIP[1]].clone(memory_format=layout)
-        trace = self._trace(model, strip)
-        if trace.has_state:  # which a trial would change
-            self._ways[key] = "torch"
-            return "torch"
-        streams = ["stream"] if trace.steps is not None else []
-        fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
-        layouts = [way for way in _LAYOUTS if way in self._ways.values()] or list(_LAYOUTS)  # one is kept at a time
-        names = [*streams, *(layouts if fits else ["torch"])]
-        results: dict[str, Any] = {}
-
-        def run(name: str) -> None:
-            results[name] = self._run(name, model, usual, strip)
-
-        ways: dict[str, Callable[[], object]] = {name: functools.partial(run, name) for name in names}
         try:
-            try:
-                self._ways[key] = _fastest(ways)
-            except UnexpectedInputError:
-                del ways["stream"]
-                self._ways[key] = _fastest(ways)
-            if self._ways[key] == "stream" and not _agree(results):  # noise, or what no graph tells
-                del ways["stream"]
-                self._ways[key] = _fastest(ways)
-        except Exception:  # neither a part of an image nor one of any channels is an input for every network
+            with steady.generators_kept():
+                self._ways[key] = self._fastest_way(model, strip)
+        except Exception:  # not every network can be copied, or takes a part of an image, or one of any channels
             self._ways[key] = "torch"
         if not set(self._ways.values()) & set(_LAYOUTS):
             for weight in self._weights:
                 weight.drop()
             self._kept = "torch"
         return self._ways[key]
+
+    def _fastest_way(self, model: nn.Module, strip: Tensor) -> str:
+        from . import steady, tracing
+
+        steps = self._trace(model, strip).steps
+        copied = steady.copy_to_try(model)
+        if steps is not None and not steady.is_steady(copied, strip):
+            steps = None
+        fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
+        layouts = [way for way in _LAYOUTS if way in self._ways.values()] or list(_LAYOUTS)  # one is kept at a time
+        names = [*(["stream"] if steps is not None else []), *(layouts if fits else ["torch"])]
+        results: dict[str, Any] = {}
+
+        def run(name: str) -> None:
+            image = strip.clone(memory_format=torch.preserve_format)  # a model may change its input in place
+            if name == "stream":
+                results[name] = tracing.run(steps, dict(model.named_modules()), image)
+            else:
+                self._keep(name, model)
+                results[name] = _usual_result(copied, image)
+
+        ways: dict[str, Callable[[], object]] = {name: functools.partial(run, name) for name in names}
+        try:
+            way = _fastest(ways)
+        except UnexpectedInputError:
+            del ways["stream"]
+            way = _fastest(ways)
+        if way == "stream" and not _agree(results):  # what no graph tells
+            del ways["stream"]
+            way = _fastest(ways)
+        return way
 
     def streamed(self) -> set[nn.Module]:
         """The layers that run in streams, for one size of images at least; empty before the first run."""
@@ -195,7 +202,8 @@ def _is_channels_last(image: Tensor) -> bool:
 def _usual_result(usual: Callable[[Tensor], Any], image: Tensor) -> Any:
     """What the usual way gives, in the layout of `image` whatever that of the kept weights is."""
     result = usual(image)
-    is_plain = isinstance(result, Tensor) and result.ndim == 4 and image.is_contiguous()
+    is_by_channels = image.stride(1) == 1 < image.shape[1]  # channels_last, or a part of such an image
+    is_plain = isinstance(result, Tensor) and result.ndim == 4 and (image.is_contiguous() or not is_by_channels)
     return result.contiguous() if is_plain else result
 
 
@@ -222,31 +230,6 @@ def paths(model: nn.Module) -> dict[str, str]:
     streamed = model._iks_streams.streamed() if isinstance(model, Streamed) else set()
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
     return {name: "stream" if module in streamed else "torch" for name, module in packed.items()}
-
-
-def _settings(model: nn.Module) -> tuple[Any, ...]:
-    """Equal as long as a graph of the model, which has its settings and small tensors in it, is still right."""
-    plain = tuple(
-        (id(module), tuple((name, _state(value)) for name, value in module.__dict__.items() if name not in _OTHER))
-        for module in model.modules()
-    )
-    tensors = (*model.parameters(), *model.buffers())
-    return plain, tuple(map(_state, tensors))
-
-
-def _state(value: Any) -> Any:
-    """Something equal as long as a setting, or what is in it, is the same."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, Tensor):
-        return id(value), version_of(value)
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.dtype.str, value.shape, value.tobytes()
-    if type(value) in (tuple, list):
-        return tuple(map(_state, value))
-    if type(value) is dict:
-        return tuple((name, _state(one)) for name, one in value.items())
-    return None
 
 
 def _seconds(act: Callable[[], object]) -> float:
@@ -286,7 +269,7 @@ def _is_plain_inference(model: nn.Module, image: Any) -> bool:
         return False
     if image.ndim != 4 or image.dtype != torch.float32 or image.device.type != "cpu" or not image.numel():
         return False
-    if _autocasts():
+    if _autocasts() or _global_hooks_are_set():
         return False
     for module in model.modules():
         if module.training or module._forward_hooks or module._forward_pre_hooks:
@@ -296,6 +279,10 @@ def _is_plain_inference(model: nn.Module, image: Any) -> bool:
             if weight.dtype != torch.float32 or weight.values.device.type != "cpu":
                 return False
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+
+
+def _global_hooks_are_set() -> bool:
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
 def _autocasts() -> bool:

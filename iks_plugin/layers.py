@@ -8,7 +8,7 @@ itself or a block that convolves by hand, computes with what the network will be
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -262,25 +262,30 @@ def ungated(layer: Gated) -> Iterator[None]:
         layer.__class__ = sparse
 
 
-_lent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_lent: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def lent(layers: Collection[nn.Module]) -> Iterator[None]:
-    """While it lasts, `layers` have lent out their gates and must be left as they are: see `refuse_lent`."""
-    _lent.update(layers)
+def lent(layers: Iterable[nn.Module], to: str) -> Iterator[None]:
+    """While it lasts, `layers` have lent out their gates `to` a context and must be left as they are: `refuse_lent`."""
+    before = {layer: _lent.get(layer) for layer in layers}
+    _lent.update(dict.fromkeys(before, to))
     try:
         yield
     finally:
-        _lent.difference_update(layers)
+        for layer, lender in before.items():
+            del _lent[layer]
+            if lender is not None:
+                _lent[layer] = lender
 
 
 def refuse_lent(model: nn.Module, action: str) -> None:
-    """Raise an `IksError` if `model` is within `finalized`, as what `action` does could not be undone afterwards."""
-    if any(module in _lent for module in model.modules()):
+    """Raise an `IksError` if `model` has lent out its gates, as what `action` does could not be undone afterwards."""
+    lender = next((_lent[module] for module in model.modules() if module in _lent), None)
+    if lender is not None:
         raise IksError(
-            f"the model is finalized for a while alone (with iks_plugin.finalized): {action} a copy.deepcopy of it, or "
-            "the model itself after iks_plugin.finalize"
+            f"the model is within iks_plugin.{lender}, which changes it for a while alone: {action} a copy.deepcopy of "
+            "it, or the model itself afterwards"
         )
 
 

@@ -7,7 +7,7 @@ everything first and change the model afterwards, so a call that fails leaves it
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -198,13 +198,15 @@ def finalize(model: nn.Module, target_sparsity: float | None = None) -> nn.Modul
 
     Raises:
         OptionError: the target is not in [0, 1), or leaves no weight.
-        IksError: the model is not rewritten, only a part of a rewritten model, or its weights are not finite. It is
-            unchanged.
+        IksError: the model is not rewritten, only a part of a rewritten model, within `gates_applied`, or its weights
+            are not finite. It is unchanged.
 
     Warns:
-        IksWarning: training ended far from the target, or cannot have reached it.
+        IksWarning: training ended far from the target, or cannot have reached it. A mean of gated weights is always far
+            from it, and not warned of: see `gates_applied`.
     """
     layers = _layers_to_finalize(model)
+    refuse_lent(model, "finalize")
     target = _checked(target_sparsity)
     projected = projected_weights(model, layers, target, warn=True)
 
@@ -262,7 +264,8 @@ def gates_applied(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for parameter, value in zip(parameters, applied, strict=True):
             parameter.data = value
-        yield model
+        with lent(layers, "gates_applied"):
+            yield model
     finally:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.data = value
@@ -297,7 +300,7 @@ def finalized(model: nn.Module, target_sparsity: float | None = None) -> Iterato
         for layer in layers.values():
             remove_gate(layer)
         _forget_compiled_graphs()
-        with lent(layers.values()):
+        with lent(layers.values(), "finalized"):
             yield model
     finally:
         for layer, threshold, settings in gates:
@@ -353,18 +356,25 @@ def projected_weights(
         projected = raw if target_sparsity == 0 else project(gated, raw, shifts, zeros)
         if warn:
             _warn_if_short(zeros_in(projected), zeros)
-        if warn and target_sparsity is None:
-            _warn_if_far(zeros_in(gated), zeros_in(projected), zeros, shifts.numel())
+        if warn and target_sparsity is None and not _is_mean(members.values()):
+            _warn_if_far(zeros_in(gated), zeros_in(projected), zeros, goal)
         result.update(zip(members.values(), projected, strict=True))
     return result
 
 
-def _warn_if_far(trained: int, met: int, zeros: int, weights: int) -> None:
-    if abs(trained - met) > FAR * weights:
+def _is_mean(layers: Collection[Gated]) -> bool:
+    """Whether they belong to an average of models that were taken within `gates_applied`."""
+    return not controllers_of(layers) and all(bool((layer.threshold <= _IDLE).all()) for layer in layers)
+
+
+def _warn_if_far(trained: int, met: int, zeros: int, goal: Goal) -> None:
+    if abs(trained - met) > FAR * goal.weights:
+        wanted = "the target is" if goal.budget is None else f"for {goal.budget.max_bytes:,} bytes these weights need"
+        schedule = ", or pass total_steps (or a shorter ramp_steps) to sparsify" if goal.budget is None else ""
         warn_user(
-            f"training ended at {trained / weights:.1%} zeros, and the target is {zeros / weights:.1%}: to meet it, "
-            f"{abs(trained - met):,} of {weights:,} weights are changed without training, which costs quality. "
-            "Train longer, or pass total_steps (or a shorter ramp_steps) to sparsify",
+            f"training ended at {trained / goal.weights:.1%} zeros, and {wanted} {zeros / goal.weights:.1%}: to meet "
+            f"it, {abs(trained - met):,} of {goal.weights:,} weights are changed without training, which costs "
+            f"quality. Train longer{schedule}",
         )
 
 

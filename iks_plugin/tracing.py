@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ from .calls import AUGMENTED, CannotStreamError, is_in_place, may_be_a_view, tak
 from .operations import Operations, as_channels
 from .runtime import Packed, PackedWeight
 from .shapes import Shapes, shape_of, value_of
+from .steady import copy_to_try, versions_of_buffers
 from .streams import Stream
-from .swap import Swapped, original_class
 from .trust import as_given, check_writes_no_constant, is_all, is_conversion, leaves_something
 
 _tracing = threading.Lock()
@@ -146,38 +145,33 @@ class Trace:
     Attributes:
         steps: what computes the model; None where its graph cannot be had, or nothing in it is packed and streams.
         is_sized: whether the graph may be right for images of one shape only.
-        has_state: whether the model is known to remember something of an image.
     """
 
     steps: list[Step] | None
     is_sized: bool
-    has_state: bool
 
 
 def trace(model: nn.Module, image: torch.Size) -> Trace:
     """The graph of `model` for images of one shape, (N, C, H, W).
 
-    It is that of a copy without weights of its own, as tracing may leave marks in a module.
+    It is that of the forward that the model had before it was packed, by a copy, as tracing may leave marks in it.
     """
-    steps, is_sized, has_state = None, False, False
+    steps, is_sized = None, False
     try:
-        weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        shell = copy.deepcopy(model, dict(weights))  # the copy holds the same tensors
-        if isinstance(shell, Swapped) and not isinstance(shell, Packed):
-            # The graph is of the forward that the model had before it was packed.
-            shell.__class__ = original_class(shell)  # type: ignore[assignment]
+        shell = copy_to_try(model)
+        versions = versions_of_buffers(shell)
         tracer = Tracer(shell, image)
         try:
             with _tracing:
                 graph = tracer.trace(shell)
         finally:
             is_sized = tracer.is_sized
-        has_state = leaves_something(shell, model)
+        has_state = versions != versions_of_buffers(shell) or leaves_something(shell, model)
         if not has_state and is_all(graph, model):
             steps = _Splitter(shell, dict(model.named_modules())).split(graph)
     except Exception:  # whatever a model's Python code makes of a stand-in for a tensor
         steps = None
-    return Trace(steps, is_sized, has_state)
+    return Trace(steps, is_sized)
 
 
 class _Splitter:
@@ -188,7 +182,7 @@ class _Splitter:
 
     def split(self, graph: torch.fx.Graph) -> list[Step] | None:
         self._order = {node: place for place, node in enumerate(graph.nodes)}
-        if any(self._changes_the_image(node) for node in graph.nodes):
+        if any(self._changes_what_is_given(node) for node in graph.nodes):
             return None
         steps: list[Step] = []
         run: list[torch.fx.Node] = []
@@ -264,12 +258,12 @@ class _Splitter:
             return any(is_in_place(user, self._modules) and self._order[user] > self._order[node] for user in users)
         return False
 
-    def _changes_the_image(self, node: torch.fx.Node) -> bool:
-        """Whether it works in place on the model's input, which whoever called the model may look at."""
+    def _changes_what_is_given(self, node: torch.fx.Node) -> bool:
+        """Whether it works in place on the model's input, which whoever called may look at, or on a buffer."""
         source = node.args[0] if node.args else None
         if not isinstance(source, torch.fx.Node) or not is_in_place(node, self._modules):
             return False
-        return any(one.op == "placeholder" for one in self._sharing(source))
+        return any(one.op in ("placeholder", "get_attr") for one in self._sharing(source))
 
     def _sharing(self, source: torch.fx.Node) -> set[torch.fx.Node]:
         """The nodes whose values may lie in the memory of that of `source`."""

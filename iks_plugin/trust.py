@@ -91,10 +91,12 @@ def is_same(result: Any, expected: Any, tolerance: float = 1e-4) -> bool:
             return torch.equal(result, expected)
         largest = float(expected.abs().nan_to_num(posinf=0.0).max())
         return torch.allclose(result, expected, rtol=0, atol=tolerance * largest, equal_nan=True)
+    if type(result) is not type(expected):
+        return False
     if isinstance(expected, (list, tuple)):
-        fits = isinstance(result, (list, tuple)) and len(result) == len(expected)
+        fits = len(result) == len(expected)
         return fits and all(is_same(one, other, tolerance) for one, other in zip(result, expected, strict=True))
     if isinstance(expected, dict):
-        fits = isinstance(result, dict) and result.keys() == expected.keys()
+        fits = result.keys() == expected.keys()
         return fits and all(is_same(result[key], expected[key], tolerance) for key in expected)
     return bool(result == expected)

@@ -14,7 +14,7 @@ from torch import nn
 
 import iks_plugin
 import toys
-from iks_plugin import OptionError
+from iks_plugin import IksWarning, OptionError
 from iks_plugin.block import Block
 from iks_plugin.budget import search
 from iks_plugin.progress import resumed_state
@@ -79,6 +79,27 @@ def test_the_target_follows_the_weights_while_they_train(monkeypatch: pytest.Mon
     train(model, controller, steps=60)
     assert controller.target_sparsity != first
     assert controller.sparsity == pytest.approx(controller.target_sparsity, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("error:training ended at:iks_plugin.IksWarning")
+def test_the_target_follows_the_weights_in_short_trainings() -> None:
+    model = toys.plain_sr(48)
+    controller = iks_plugin.sparsify(model, max_bytes="20KB", value_dtype="bfloat16", total_steps=60)
+    targets = {controller.target_sparsity}
+    for _ in range(6):
+        train(model, controller, steps=10)
+        targets.add(controller.target_sparsity)
+    assert len(targets) > 3
+    iks_plugin.finalize(model)
+
+
+def test_a_training_that_ends_far_from_what_its_file_needs_is_warned_of() -> None:
+    model = toys.plain_sr(32)
+    iks_plugin.sparsify(model, max_bytes="20KB", ramp_steps=20)
+    with pytest.warns(
+        IksWarning, match=r"at 0\.0% zeros, and for 20,000 bytes these weights need .*Train longer$"
+    ):
+        iks_plugin.finalize(model)
 
 
 @pytest.mark.parametrize("law", ["exact", "paper"])

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import iks_plugin
 import toys
@@ -295,7 +296,7 @@ def test_what_is_finalized_for_a_while_is_packed_and_rewritten_as_a_copy(action,
         use = functools.partial(iks_plugin.load, tmp_path / "m.iks", packed=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with iks_plugin.finalized(model):
-        with pytest.raises(IksError, match=f"finalized for a while alone .*: {action} a copy.deepcopy of it"):
+        with pytest.raises(IksError, match=rf"within iks_plugin\.finalized, which .*: {action} a copy\.deepcopy of it"):
             use(model)
         use(copy.deepcopy(model))
     assert toys.states_equal(dict(model.state_dict()), before)
@@ -333,6 +334,41 @@ def test_with_gates_applied_the_parameters_are_the_gated_weights():
     assert zeros(mean) == round(0.9 * 2 * 24 * 24 * 9)
     survivors = mean[2].weight != 0
     assert torch.equal(mean[2].weight[survivors], gated[survivors])
+
+
+def test_within_gates_applied_a_model_is_not_finalized_and_its_copy_is():
+    model = trained(0.8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with iks_plugin.gates_applied(model):
+        with pytest.raises(IksError, match=r"within iks_plugin\.gates_applied, .*: finalize a copy\.deepcopy of it"):
+            iks_plugin.finalize(model)
+        with iks_plugin.finalized(model):
+            assert zeros(model) == round(0.8 * 2 * 24 * 24 * 9)
+        with pytest.raises(IksError, match="gates_applied"):  # it is still so after another context
+            iks_plugin.finalize(model)
+        plain = iks_plugin.finalize(copy.deepcopy(model))
+    assert toys.states_equal(dict(model.state_dict()), before)
+    assert toys.states_equal(dict(iks_plugin.finalize(model).state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.filterwarnings("error:training ended at:iks_plugin.IksWarning")
+def test_a_mean_of_gated_weights_is_finalized_without_a_warning_and_an_untrained_copy_with_one():
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.8, ramp_steps=4)
+    untrained = copy.deepcopy(model)
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+    optimizer = torch.optim.Adam(controller.param_groups(), 1e-2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+        optimizer.step()
+        with iks_plugin.gates_applied(model):
+            mean.update_parameters(model)
+    assert iks_plugin.report(mean).sparsity < 0.7
+    for averaged in (mean, model):
+        iks_plugin.finalize(averaged)
+    with pytest.warns(iks_plugin.IksWarning, match="training ended at 0.0% zeros, and the target is 80.0%"):
+        iks_plugin.finalize(untrained)
 
 
 def test_gates_applied_refuses_a_model_without_gates_and_gives_them_back_after_an_error():

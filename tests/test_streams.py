@@ -450,18 +450,34 @@ def test_the_ways_are_tried_in_turn_and_the_choice_stays(model: nn.Module, monke
 
 def test_images_are_tried_in_their_layout(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    run = fast.Streams._run
 
-    def look(*given: Any) -> Any:
-        seen.append(given[-1].is_contiguous())
-        return run(*given)
+    def looked(act: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (seen.append(given[-1].is_contiguous()), act(*given))[1]
 
-    monkeypatch.setattr(fast.Streams, "_run", look)
+    for name in ("_fastest_way", "_run"):
+        monkeypatch.setattr(fast.Streams, name, looked(getattr(fast.Streams, name)))
     with torch.no_grad():
         for memory_format in (torch.contiguous_format, torch.channels_last):
             seen.clear()
             model(IMAGE.to(memory_format=memory_format))
             assert set(seen) == {memory_format == torch.contiguous_format}
+
+
+@pytest.mark.parametrize("way", ["stream", "contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "image",
+    [IMAGE[:, :, 2:-2, 1:-1], IMAGE.mT, IMAGE.flip(0).repeat(1, 2, 1, 1)[:, ::2], IMAGE[:, :, ::2]],
+    ids=["crop", "turned", "some channels", "some rows"],
+)
+def test_the_output_of_any_image_has_the_layout_that_torch_gives(
+    model: nn.Module, image: Tensor, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "_seconds", lambda act: (act(), 1.0 if act.args[0] == way else 2.0)[1])
+    plain = iks_plugin.unpack(copy.deepcopy(model))
+    with torch.no_grad():
+        result, expected = model(image), plain(image)
+    assert_close(result, expected)
+    assert result.is_contiguous() == expected.is_contiguous()
 
 
 def test_what_compiles_first_is_not_taken_for_slow(monkeypatch: pytest.MonkeyPatch) -> None:

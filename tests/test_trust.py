@@ -6,7 +6,9 @@ import copy
 import random
 import threading
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,6 +133,14 @@ def gives_a_dict(m: Any, x: Tensor) -> dict[str, Tensor]:
     return {"image": m.tail(body(m, x))}
 
 
+class Output(OrderedDict[str, Tensor]):
+    """As libraries give that let their output be read by attributes, too."""
+
+
+def gives_a_dict_of_its_own(m: Any, x: Tensor) -> Output:
+    return Output(image=m.tail(body(m, x)))
+
+
 def whole_numbers(m: Any, x: Tensor) -> Tensor:
     return m.tail(m.b(m.a(m.head(x) * m.a.bias.view(1, 16, 1, 1).mul(10).to(torch.int))))
 
@@ -169,6 +179,7 @@ GRAPHS: dict[str, Callable[[Any, Tensor], Any]] = {
     "rounded": by_another_name(rounded),
     "gives a list": gives_a_list,
     "gives a dict": gives_a_dict,
+    "gives a dict of its own": gives_a_dict_of_its_own,
     "whole numbers": whole_numbers,
     "constants of their own": constants_of_their_own,
     "some parts": some_parts,
@@ -245,6 +256,17 @@ def test_chance_stays_chance(draw: Callable[[Any], Any]) -> None:
         assert not torch.equal(model(image), model(image))
 
 
+def test_what_is_drawn_first_is_what_the_model_would_draw() -> None:
+    plain = network(lambda m, x: m.tail(body(m, x)) * (1 + torch.rand(1) + random.random() + np.random.rand()))
+    image = torch.rand(1, 3, 24, 24)
+    results = []
+    for model in (plain, iks_plugin.pack(copy.deepcopy(plain))):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        with torch.no_grad():
+            results.append([model(image) for _ in range(3)])
+    assert all(map(is_same, *results))
+
+
 def remembers(m: Any, x: Tensor) -> Tensor:
     h = body(m, x)
     m.seen = h if m.seen is None or m.seen.shape != h.shape else 0.5 * m.seen + h
@@ -262,17 +284,106 @@ def counts(m: Any, x: Tensor) -> Tensor:
     return m.tail(body(m, x)) * m.count
 
 
-@pytest.mark.parametrize("forward", [remembers, collects, counts])
-def test_what_a_model_remembers(forward: Callable[[Any, Tensor], Tensor]) -> None:
+def remembers_in_a_buffer(m: Any, x: Tensor) -> Tensor:
+    h = body(m, x)
+    m.mean.mul_(0.5).add_(h.mean((0, 2, 3), keepdim=True))
+    return m.tail(h + m.mean)
+
+
+def counts_in_a_buffer(m: Any, x: Tensor) -> Tensor:
+    m.frames += 1
+    return m.tail(body(m, x) + m.mean)
+
+
+def replaces_a_buffer(m: Any, x: Tensor) -> Tensor:
+    h = body(m, x)
+    m.mean = 0.5 * m.mean + h.mean((0, 2, 3), keepdim=True)
+    return m.tail(h + m.mean)
+
+
+def remembers_in_an_object(m: Any, x: Tensor) -> Tensor:
+    h = body(m, x)
+    m.memory.last = h.mean() + 0.5 * m.memory.last
+    return m.tail(h) * m.memory.last
+
+
+def collects_in_an_object(m: Any, x: Tensor) -> Tensor:
+    h = body(m, x)
+    m.memory.means.append(float(x.mean()))
+    return m.tail(h)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        remembers,
+        collects,
+        counts,
+        remembers_in_a_buffer,
+        counts_in_a_buffer,
+        replaces_a_buffer,
+        remembers_in_an_object,
+        collects_in_an_object,
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_model_remembers(forward: Callable[[Any, Tensor], Tensor], mode: Callable[[], Any]) -> None:
     plain = network(forward)
     plain.seen, plain.maps, plain.count = None, [], 0  # type: ignore[assignment]
+    plain.memory = SimpleNamespace(last=0.0, means=deque())  # type: ignore[assignment]
+    plain.register_buffer("mean", torch.zeros(1, 16, 1, 1))
+    plain.register_buffer("frames", torch.tensor(0))
     model = iks_plugin.pack(copy.deepcopy(plain))
-    with torch.no_grad():
-        for shape in (*SHAPES, (1, 3, 80, 24)):
+    with mode():
+        for shape in (*SHAPES, (1, 3, 80, 24), *SHAPES):
             image = torch.rand(shape)
             assert is_same(model(image), plain(image), 1e-5)
     assert len(model.maps) == len(plain.maps)
     assert model.count == plain.count
+    assert len(model.memory.means) == len(plain.memory.means)
+    assert is_same(model.mean, plain.mean)
+    assert model.frames == plain.frames
+
+
+class Gains(Layers):
+    of_the_class = 1.0
+
+
+def tripled(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+@pytest.mark.parametrize("change", ["namespace", "function", "class"])
+def test_settings_elsewhere_that_change_are_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Gains(lambda m, x: m.last(m.tail(body(m, x) * m.options.gain * m.of_the_class))).eval()
+    model.load_state_dict(network(body).state_dict())
+    model.options, model.last = SimpleNamespace(gain=1.0), torch.abs  # type: ignore[assignment]
+    iks_plugin.pack(model)
+    image = torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        before = model(image)
+        assert "stream" in fast.paths(model).values()
+        if change == "namespace":
+            model.options.gain = 2.0
+        elif change == "function":
+            model.last = tripled  # type: ignore[assignment]
+        else:
+            monkeypatch.setattr(Gains, "of_the_class", 2.0)
+        assert not is_same(model(image), before)
+        assert is_same(model(image), iks_plugin.unpack(model)(image), 1e-5)
+
+
+def test_hooks_on_all_modules_see_each_image() -> None:
+    model = iks_plugin.pack(network(lambda m, x: m.tail(body(m, x))))
+    image, seen = torch.rand(1, 3, 24, 24), []
+    with torch.no_grad():
+        model(image)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        try:
+            model(image)
+        finally:
+            handle.remove()
+    assert {model.head, model.a, model.b, model.tail} <= set(seen)
 
 
 @pytest.mark.parametrize("change", ["replace", "in place", "list", "dict"])
