@@ -175,18 +175,27 @@ def _add_export(commands: Any) -> None:
         help="take only entries whose names begin with this, and take it off, such as 'generator.' for the network "
         "alone of an MMagic checkpoint",
     )
+    parser.add_argument(
+        "--keep-thresholds",
+        action="store_true",
+        help="parameters called 'threshold' beside a 'weight' are the network's own, not those that a training with "
+        "gates has left: write them as they are",
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
     from .checkpoint import read_checkpoint
 
     _check_apart(options.checkpoint, options.out)
-    checkpoint = read_checkpoint(options.checkpoint, options.key, options.prefix)
+    checkpoint = read_checkpoint(options.checkpoint, options.key, options.prefix, lambda _: not options.keep_thresholds)
     save(checkpoint.state, options.out, options.value_dtype, checkpoint_key=checkpoint.restored_key)
     before, after = os.path.getsize(options.checkpoint), os.path.getsize(options.out)
     taken = f" ({checkpoint.key})" if checkpoint.key else ""
     if checkpoint.gated:
-        print(f"the thresholds beside {checkpoint.gated} weights, of a training with gates, are applied to them")
+        print(
+            f"the thresholds beside {checkpoint.gated} weights, of a training with gates, are applied to them (if they "
+            "are the network's own: --keep-thresholds)"
+        )
     print(f"{options.checkpoint}{taken}: {before:,} bytes -> {options.out}: {after:,} bytes, {after / before:.1%}")
     return 0
 
@@ -258,6 +267,7 @@ def _add_upscale(commands: Any) -> None:
         default=[],
         help="arguments of the class, such as num_feat=64 upscale=2, or a JSON object",
     )
+    parser.add_argument("--key", help="which state dict of a checkpoint to take (default: as `iks export`)")
     parser.add_argument("--tile", metavar="N", type=int, help="upscale in tiles of N x N pixels of the picture")
     parser.add_argument(
         "--overlap",
@@ -281,7 +291,7 @@ def _upscale(options: argparse.Namespace) -> int:
 
     check_paths(options.source, options.out)
     arguments = parsed_arguments(options.arch_args)
-    model, name = load_network(options.model, options.arch, arguments, options.packed, options.device)
+    model, name = load_network(options.model, options.arch, arguments, options.packed, options.device, options.key)
     upscaler = Upscaler(model, options.tile, overlap=options.overlap)
     print(f"{options.model}: {name}", flush=True)
     print(upscale_files(upscaler, options.source, options.out))
@@ -299,6 +309,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="the weights: a compact file (.iks) or a checkpoint (.pth)")
     parser.add_argument("--arch", metavar="ARCH", help="the network, as for `iks upscale`")
     parser.add_argument("--arch-args", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="as there")
+    parser.add_argument("--key", help="which state dict of a checkpoint to take, as there")
     parser.add_argument(
         "--size", metavar="WxH", default="320x180", help="width and height of the image (default: %(default)s)"
     )
@@ -321,7 +332,8 @@ def _bench(options: argparse.Namespace) -> int:
             raise IksError(f"--{name} must be at least 1, got {value}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, name = load_network(options.model, options.arch, parsed_arguments(options.arch_args), packed=True)
+    arguments = parsed_arguments(options.arch_args)
+    model, name = load_network(options.model, options.arch, arguments, packed=True, key=options.key)
     print(f"{options.model}: {name}", flush=True)
     print(bench(model, size, options.rounds))
     return 0

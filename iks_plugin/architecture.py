@@ -36,6 +36,7 @@ def load_network(
     arguments: Mapping[str, Any] | None = None,
     packed: bool | None = None,
     device: str = "cpu",
+    key: str | None = None,
 ) -> tuple[nn.Module, str]:
     """A network with the weights in the file `path`, in eval mode, and what it is called.
 
@@ -47,6 +48,7 @@ def load_network(
         arguments: keyword arguments of the class.
         packed: keep sparse weights packed in memory; by default those of a compact file.
         device: where the network goes.
+        key: which of a checkpoint's state dicts to take, as for `read_checkpoint`.
 
     Raises:
         IksError: there is no such architecture, it does not take the arguments or the weights, or the file is no file
@@ -54,6 +56,8 @@ def load_network(
     """
     place, path = _device(device), Path(path)
     compact = path.suffix.lower() == ".iks"
+    if compact and key is not None:
+        raise OptionError(f"--key is for checkpoints, and the compact file {path} holds one network: leave it out")
     model_class = inspect_file(path).info.model_class if compact else None
     wanted = compact if packed is None else packed
     if arch is None and importlib.util.find_spec("spandrel") is None:
@@ -64,13 +68,13 @@ def load_network(
     if arch is None or arch == AUTO:
         if arguments:
             raise OptionError("arguments of a network need its class: name it with --arch, or leave --arch-args out")
-        model, name = _found_by_weights(path, load(path) if compact else read_checkpoint(path).state, model_class)
+        model, name = _found_by_weights(path, load(path) if compact else read_checkpoint(path, key).state, model_class)
     else:
         model, name = build_network(arch, arguments or {}), arch
         if compact:
             _load_compact(path, model, wanted)
         else:
-            _load_checkpoint(path, model)
+            _load_checkpoint(path, model, key)
     if wanted and not is_packed(model):
         with warnings.catch_warnings():
             if packed is None:
@@ -199,17 +203,15 @@ def _load_compact(path: Path, model: nn.Module, packed: bool) -> None:
         raise IksError(f"{first} {listed}; ... {advice}") from error
 
 
-def _load_checkpoint(path: Path, model: nn.Module) -> None:
-    state = read_checkpoint(path).state
-    prefixes = _prefixes(model, state)
+def _load_checkpoint(path: Path, model: nn.Module, key: str | None) -> None:
+    prefixes = _prefixes(model, read_checkpoint(path, key, is_gate=lambda name: False).state)
     if len(prefixes) > 1:
         raise IksError(
             f"{path} has weights for the network behind each of {', '.join(prefixes)}: make a file of those that you "
             f"want, with iks export --prefix {prefixes[0]}, and take that"
         )
-    if prefixes:
-        state = read_checkpoint(path, prefix=prefixes[0]).state
     own = model.state_dict()
+    state = read_checkpoint(path, key, prefix="".join(prefixes), is_gate=lambda name: name not in own).state
     faults = [f"{name} is not in it" for name in own if name not in state]
     faults += [f"{name} is not in the network" for name in state if name not in own]
     faults += [

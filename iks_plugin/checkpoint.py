@@ -8,7 +8,7 @@ import pickle
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,12 @@ class Checkpoint:
         return "params" if self.key == "params_ema" else self.key
 
 
-def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix: str = "") -> Checkpoint:
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    key: str | None = None,
+    prefix: str = "",
+    is_gate: Callable[[str], bool] = lambda name: True,
+) -> Checkpoint:
     """The weights in a checkpoint of BasicSR, of MMagic, or of `torch.save(model.state_dict())`.
 
     Thresholds beside the weights, as a training with gates may have left them, are applied to them. The prefix
@@ -49,6 +54,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix
         path: a file that torch.save has written.
         key: which of the state dicts to take; default the first of those that frameworks use.
         prefix: take only entries whose names begin with it, and take it off.
+        is_gate: whether an entry "<layer>.threshold" beside "<layer>.weight", by its name without the prefix, is of a
+            training with gates, and not the network's own.
 
     Raises:
         IksError: it is not such a file, or has no (such) state dict.
@@ -78,7 +85,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None, prefix
     if not chosen:
         firsts = sorted({name.split(".")[0] + "." for name in tensors})
         raise IksError(f"{path}: no name begins with {prefix!r}: the names begin with {', '.join(firsts[:8])}")
-    state = _gates_applied(chosen)
+    state = _gates_applied(chosen, is_gate)
     return Checkpoint(state, key, gated=len(chosen) - len(state))
 
 
@@ -103,15 +110,15 @@ def _is_named_tensor(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor)
 
 
-def _gates_applied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gates_applied(state: dict[str, Tensor], is_gate: Callable[[str], bool]) -> dict[str, Tensor]:
     result = dict(state)
-    for name in state:
+    for name in filter(is_gate, state):
         weight = name.removesuffix("threshold") + "weight"
         if name.split(".")[-1] != "threshold" or weight not in state or state[name].ndim != state[weight].ndim:
             continue
         threshold = result.pop(name)
         try:
-            result[weight] = soft_threshold(state[weight], threshold.to(state[weight].dtype))
+            result[weight] = soft_threshold(state[weight], threshold)
         except RuntimeError:
             shapes = f"{tuple(threshold.shape)} and {tuple(state[weight].shape)}"
             raise IksError(

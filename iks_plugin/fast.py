@@ -17,6 +17,7 @@ from .compiled import is_compiling
 from .errors import warn_user
 from .program import UnexpectedInputError
 from .runtime import Packed, PackedWeight
+from .state import unwrapped
 from .swap import Swapped, original_class, swapped_class
 
 _STRIP = (64, 256)
@@ -227,7 +228,8 @@ def _packed_weights(model: nn.Module) -> list[PackedWeight]:
 
 def paths(model: nn.Module) -> dict[str, str]:
     """By name, how each packed layer of a model that has run goes: "stream" or "torch"."""
-    streamed = model._iks_streams.streamed() if isinstance(model, Streamed) else set()
+    network = unwrapped(model)
+    streamed = network._iks_streams.streamed() if isinstance(network, Streamed) else set()
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
     return {name: "stream" if module in streamed else "torch" for name, module in packed.items()}
 

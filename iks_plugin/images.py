@@ -106,8 +106,7 @@ def _upscale_folder(upscaler: Upscaler, source: Path, out: Path) -> str:
         except IksError as error:
             faults.append(str(error))
     if faults:
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise IksError(f"{len(faults)} of {len(paths)} pictures were not upscaled: {'; '.join(faults[:3])}{more}")
+        raise IksError(f"{len(faults)} of {len(paths)} pictures were not upscaled: {'; '.join(faults)}")
     return f"{source} -> {out}: {len(paths)} pictures, {time.perf_counter() - start:.1f} s"
 
 

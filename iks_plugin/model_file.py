@@ -39,8 +39,9 @@ def save(
     all +0.0, and a `value_dtype` narrower than a weight's own rounds its non-zeros.
 
     Args:
-        model: a module, or a state dict. Of a wrapper (DataParallel, DistributedDataParallel, AveragedModel,
-            `torch.compile`) it is the module inside.
+        model: a module, or a state dict, which is written entry by entry: of a model with gates give the model, as
+            thresholds in a state dict are tensors like any other. Of a wrapper (DataParallel,
+            DistributedDataParallel, AveragedModel, `torch.compile`) it is the module inside.
         path: the file, by custom `*.iks`; it is replaced whole or not at all.
         value_dtype: the type of the non-zeros of weights that hold zeros: "float32" (lossless for float32 weights),
             "float16", "bfloat16" or "int8" (with a float scale for each output channel). Weights whose own type is

@@ -11,6 +11,7 @@ from .fast import slow_down, speed_up
 from .layers import output_axis
 from .quantize import check_value_dtype
 from .runtime import Packed, PackedWeight, packable_layers, swap_in
+from .state import unwrapped
 from .swap import original_class
 
 
@@ -24,7 +25,8 @@ def pack(model: nn.Module, value_dtype: str = "float32") -> nn.Module:
     `unpack`.
 
     Args:
-        model: any module without gates.
+        model: any module without gates: the network itself, or in a wrapper (`DataParallel`, `AveragedModel`,
+            `torch.compile`). Within any other module its layers are packed, but it does not run row by row.
         value_dtype: what the non-zeros are stored in: "float32", "float16", "bfloat16", or "int8" with a scale for each
             output channel. Weights whose own type is narrower keep it.
 
@@ -56,7 +58,7 @@ def pack(model: nn.Module, value_dtype: str = "float32") -> nn.Module:
             "iks_plugin.finalize(model) first",
         )
     else:
-        speed_up(model)
+        speed_up(unwrapped(model))
     return model.eval()
 
 
@@ -77,7 +79,7 @@ def unpack(model: nn.Module) -> nn.Module:
     Returns:
         The same object.
     """
-    slow_down(model)
+    slow_down(unwrapped(model))
     dense: dict[PackedWeight, nn.Parameter] = {}
     for layer in [module for module in model.modules() if isinstance(module, Packed)]:
         packed = layer.packed_weight

@@ -96,9 +96,7 @@ def test_the_target_follows_the_weights_in_short_trainings() -> None:
 def test_a_training_that_ends_far_from_what_its_file_needs_is_warned_of() -> None:
     model = toys.plain_sr(32)
     iks_plugin.sparsify(model, max_bytes="20KB", ramp_steps=20)
-    with pytest.warns(
-        IksWarning, match=r"at 0\.0% zeros, and for 20,000 bytes these weights need .*Train longer$"
-    ):
+    with pytest.warns(IksWarning, match=r"at 0\.0% zeros, and for 20,000 bytes these weights need .*Train longer$"):
         iks_plugin.finalize(model)
 
 

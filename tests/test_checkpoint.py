@@ -55,6 +55,25 @@ def test_a_key_and_a_prefix_of_ones_own_choice(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "c.pth")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_thresholds_are_applied_as_a_layer_of_half_precision_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.8, law="exact")
+    for layer in (model[2], model[4]):
+        layer.threshold.data.uniform_(-5, -2)
+    model.to(dtype)
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    state = read_checkpoint(tmp_path / "c.pth").state
+    assert all(torch.equal(state[f"{index}.weight"], model[index].weight) for index in (2, 4))
+
+
+def test_thresholds_of_the_networks_own_stay(tmp_path: Path) -> None:
+    state = {"act.weight": torch.ones(1, 4, 1, 1), "act.threshold": torch.full((1, 4, 1, 1), 0.1)}
+    torch.save({"params": state}, tmp_path / "c.pth")
+    checkpoint = read_checkpoint(tmp_path / "c.pth", is_gate=lambda name: name != "act.threshold")
+    assert toys.states_equal(dict(checkpoint.state), state) and checkpoint.gated == 0
+
+
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "layer"])
 def test_thresholds_beside_the_weights_are_applied(tmp_path: Path, granularity: str) -> None:
     model = toys.plain_sr()

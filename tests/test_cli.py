@@ -50,7 +50,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--help"], ["demo", "inspect", "export", "restore", "upscale", "bench", "--version"]),
         (["inspect", "--help"], ["FILE", "checksums", "--json"]),
-        (["export", "--help"], ["BasicSR", "MMagic", "--value-dtype", "(default: float32)", "--key", "--prefix"]),
+        (
+            ["export", "--help"],
+            ["BasicSR", "MMagic", "--value-dtype", "(default: float32)", "--key", "--prefix", "--keep-thresholds"],
+        ),
         (["restore", "--help"], ["without iks-plugin", "'params' for BasicSR"]),
         (["demo", "--help"], ["--data", "--quick", "(default: iks-demo)", "(default: 0.9)", "(default: 0)", "Ctrl-C"]),
     ],
@@ -230,6 +233,16 @@ def test_thresholds_are_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[
     torch.save(model.state_dict(), tmp_path / "gated.pth")
     assert main(["export", str(tmp_path / "gated.pth"), str(tmp_path / "gated.iks")]) == 0
     assert "the thresholds beside 2 weights, of a training with gates, are applied" in capsys.readouterr().out
+
+
+def test_thresholds_of_the_networks_own_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"act.weight": torch.ones(1, 4, 1, 1), "act.threshold": torch.full((1, 4, 1, 1), 0.1)}
+    torch.save(state, tmp_path / "own.pth")
+    assert main(["export", str(tmp_path / "own.pth"), str(tmp_path / "own.iks"), "--keep-thresholds"]) == 0
+    assert "thresholds beside" not in capsys.readouterr().out
+    assert toys.states_equal(iks_plugin.load(tmp_path / "own.iks"), state)
+    assert main(["export", str(tmp_path / "own.pth"), str(tmp_path / "own.iks")]) == 0
+    assert "if they are the network's own: --keep-thresholds" in capsys.readouterr().out
 
 
 def test_a_reader_that_has_had_enough(checkpoint: Path) -> None:

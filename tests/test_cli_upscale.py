@@ -88,6 +88,41 @@ def test_what_is_packed(model: str, packed: bool | None, expected: bool | None) 
     assert name == ARCH and not network.training
 
 
+class Shrinks(nn.Module):
+    """A network of its own with a learned soft shrinkage: thresholds that are none of a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 3, 1, 1))
+        self.threshold = nn.Parameter(torch.full((1, 3, 1, 1), 0.1))
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv(self.weight * nn.functional.relu(x - self.threshold))
+        return y
+
+
+def test_thresholds_of_the_networks_own_and_those_of_gates() -> None:
+    from iks_plugin.architecture import load_network
+
+    model = Shrinks()
+    iks_plugin.sparsify(model, 0.5, include=["conv"])
+    model.conv.threshold.data.fill_(-2)
+    torch.save({"epoch": 3, "net_g": model.state_dict()}, "own.pth")
+    network, _ = load_network("own.pth", f"{__name__}:Shrinks", key="net_g")
+    assert torch.equal(network.threshold, model.threshold) and torch.equal(network.weight, model.weight)
+    assert torch.equal(network.conv.weight, model.conv.weight)
+
+
+def test_a_state_dict_under_a_key_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"epoch": 3, "net_g": edsr().state_dict()}, "own.pth")
+    message = refused(capsys, "in.png", "out.png", "--model", "own.pth", *ARGS)
+    assert "choose one of ['net_g'] with --key" in message
+    assert run("in.png", "out.png", "--model", "own.pth", "--key", "net_g", *ARGS) == 0
+    assert run("in.png", "same.png", "--model", "edsr.pth", *ARGS) == 0
+    assert Path("out.png").read_bytes() == Path("same.png").read_bytes()
+
+
 @pytest.mark.parametrize("tiles", [["--tile", "16"], ["--tile", "16", "--overlap", "8"], ["--tile", "100"]], ids=str)
 def test_tiles_give_the_same(tiles: list[str]) -> None:
     assert run("in.png", "whole.png", "--model", "edsr.iks", *ARGS) == 0
@@ -229,7 +264,14 @@ def test_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {path.name: Image.open(path).size for path in Path("new/large").iterdir()}
     assert sizes == {"a.png": (60, 40), "b.jpg": (40, 60), "c.PNG": (18, 18)}
 
+    for name in ("d.png", "e.png", "f.png", "g.png"):
+        Path("some", name).write_bytes(b"damaged")
+    message = refused(capsys, "some", "again", "--model", "edsr.iks", *ARGS)
+    assert "4 of 7 pictures were not upscaled: " in message and all(f"some/{name}.png" in message for name in "defg")
+    for name in ("d.png", "e.png", "f.png", "g.png"):
+        Path("some", name).unlink()
     Path("some", "b.jpg").write_bytes(b"damaged")
+    Path("again", "b.jpg").unlink()
     message = refused(capsys, "some", "again", "--model", "edsr.iks", *ARGS)
     assert "1 of 3 pictures were not upscaled: some/b.jpg: unreadable: not a picture that Pillow can read" in message
     assert sorted(path.name for path in Path("again").iterdir()) == ["a.png", "c.PNG"]
@@ -328,6 +370,7 @@ class NoNetwork:
             "must be a class of networks (torch.nn.Module), but it makes a NoNetwork",
         ),
         (["--arch", "auto", "--arch-args", "channels=8"], "arguments of a network need its class"),
+        (["--key", "params", *ARGS], "--key is for checkpoints, and the compact file edsr.iks holds one network"),
         (["--device", "nowhere", *ARGS], "--device nowhere cannot be used: "),
         (["--tile", "0", *ARGS], "tile must be a whole number of pixels of at least 1"),
         (["--overlap", "4", *ARGS], "overlap says how far tiles see, but there are none"),

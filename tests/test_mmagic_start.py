@@ -25,6 +25,17 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SEPARATE = 'model_wrapper_cfg = dict(type="MMSeparateDistributedDataParallel")'
 
 
+def test_without_mmengine_the_import_says_what_to_do(tmp_path):
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "mmengine" else find(name, *rest)
+import iks_mmagic
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "ImportError: iks_mmagic needs MMagic and MMEngine" in done.stderr and "pip install" in done.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches_together(tmp_path):
     write_images(tmp_path, 4)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import iks_plugin
 import toys
@@ -338,6 +339,20 @@ def test_the_usual_way_for_everything_else(model: nn.Module) -> None:
         handle.remove()
         traced = torch.jit.trace(model, IMAGE, check_trace=False)
         assert_close(traced(IMAGE), model(IMAGE))
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("wrapper", [AveragedModel, nn.DataParallel], ids=lambda cls: cls.__name__)
+def test_a_network_in_a_wrapper_streams(wrapper: Callable[[nn.Module], nn.Module]) -> None:
+    network = prune(EveryOperation(act=3), 0.8)
+    plain = copy.deepcopy(network)
+    wrapped = iks_plugin.pack(wrapper(network))
+    with torch.no_grad():
+        assert_close(wrapped(IMAGE), plain(IMAGE))
+        assert set(fast.paths(wrapped).values()) == {"stream"}
+        iks_plugin.unpack(wrapped)
+        assert_close(wrapped(IMAGE), plain(IMAGE))
+        assert not fast.paths(wrapped)
 
 
 @pytest.mark.usefixtures("always")

@@ -10,6 +10,7 @@ there is nothing to call. Configs without the entry train as ever.
 
 from . import compat, install
 
+compat.require_mmengine()
 compat.install()
 install.install()
 

@@ -1,12 +1,22 @@
-"""What lets MMEngine train in several processes on a machine without a GPU, over gloo."""
+"""What says that MMEngine is missing, and lets it train in several processes on a machine without a GPU, over gloo."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def require_mmengine() -> None:
+    """Raise an `ImportError` that says what to do where MMEngine is not installed."""
+    if importlib.util.find_spec("mmengine") is None:
+        raise ImportError(
+            "iks_mmagic needs MMagic and MMEngine, which are not installed here: pip install mmagic==1.2.0 "
+            "mmengine==0.10.7, beside a torch and an mmcv that MMagic takes"
+        )
 
 
 def install() -> None:
