@@ -23,6 +23,8 @@ from .quantize import check_value_dtype
 from .sizes import Budget, check_size
 
 _STATE_VERSION = 1
+GOAL = ("target_sparsity", "max_bytes", "value_dtype")
+"""What a controller's state says of where it goes."""
 _GONE = "the controller's model is gone: keep a reference to the model that was rewritten"
 
 _controllers: weakref.WeakKeyDictionary[nn.Module, SparsityController] = weakref.WeakKeyDictionary()
@@ -302,6 +304,9 @@ class SparsityController:
         Raises:
             IksError: the state is incomplete, of another version, or of a differently rewritten model; then nothing
                 changes.
+
+        Warns:
+            IksWarning: the state's goal is another one than the present.
         """
         if not isinstance(state, Mapping):
             raise IksError(
@@ -331,6 +336,8 @@ class SparsityController:
             dtype = str(check_value_dtype(state["value_dtype"])).removeprefix("torch.")
             budget = Budget(check_size(state["max_bytes"], "max_bytes in the controller state"), dtype)
         law = type(self._law)(**{name: state[name] for name in laws.SCHEDULE if hasattr(self._law, name)})
+        if budget != self._goal.budget or (budget is None and target != self._goal.target_sparsity):
+            _warn_of_replaced_goal(own, state)
         self._goal.target_sparsity, self._goal.budget = target, budget
         self._law = law
         self._steps = state["steps"]
@@ -433,6 +440,15 @@ class SparsityController:
 
 def _share_of_zeros(layer: nn.Module) -> float:
     return count_zeros([layer]) / count_weights([layer])
+
+
+def _warn_of_replaced_goal(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    replaced = {key: own[key] for key in GOAL if own[key] != state[key]}
+    warn_user(
+        f"the controller state's goal ({', '.join(f'{key} {state[key]}' for key in replaced)}) replaces that of this "
+        f"controller ({', '.join(f'{key} {value}' for key, value in replaced.items())}). To go for the latter: "
+        f"load_state_dict({{**state, **{replaced}}}), and once the model has its weights aim_when_measured()"
+    )
 
 
 def controllers_of(layers: Iterable[nn.Module]) -> set[SparsityController]:

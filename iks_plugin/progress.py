@@ -8,15 +8,12 @@ from typing import Any
 from torch import nn
 
 from .block import Block
-from .control import SparsityController
+from .control import GOAL, SparsityController
 from .laws import SCHEDULE
 from .layers import gated_layers
 from .measure import count_raw_zeros, count_weights, unique
 from .report import report
 from .rewrite import FAR, finalized
-
-_GOAL = ("target_sparsity", "max_bytes", "value_dtype")
-"""What of a controller's state says where it leads."""
 
 
 def resumed_state(block: Block, saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +23,7 @@ def resumed_state(block: Block, saved: Mapping[str, Any], present: Mapping[str, 
     as before the target goes on from where it was, as it follows the weights.
     """
     same_budget = all(saved.get(key) == present[key] for key in ("max_bytes", "value_dtype"))
-    taken: tuple[str, ...] = () if present["max_bytes"] is not None and same_budget else _GOAL
+    taken: tuple[str, ...] = () if present["max_bytes"] is not None and same_budget else GOAL
     if set(SCHEDULE) & set(block.options):
         taken += SCHEDULE
     return {**saved, **{key: present[key] for key in taken}}
@@ -52,7 +49,7 @@ def aim_anew(controller: SparsityController, saved: Mapping[str, Any]) -> None:
         saved: the controller's state as it was saved.
     """
     present = controller.state_dict()
-    if any(present[key] != saved.get(key) for key in _GOAL):
+    if any(present[key] != saved.get(key) for key in GOAL):
         controller.aim_when_measured()
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import re
+import warnings
 import weakref
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import iks_plugin
 import toys
-from iks_plugin import IksError, OptionError
+from iks_plugin import IksError, IksWarning, OptionError
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, 1e-3),
@@ -107,8 +108,13 @@ def test_a_loaded_state_brings_its_target_and_schedule():
     models = toys.plain_sr(), toys.plain_sr()
     saved = iks_plugin.sparsify(models[0], 0.8, total_steps=40).state_dict()
     controller = iks_plugin.sparsify(models[1], 0.5)
-    controller.load_state_dict(saved)
+    said = r"goal \(target_sparsity 0.8\) replaces .*\(target_sparsity 0.5\).*\*\*state, \*\*\{'target_sparsity': 0.5\}"
+    with pytest.warns(IksWarning, match=said):
+        controller.load_state_dict(saved)
     assert controller.target_sparsity == 0.8 and controller.state_dict() == saved
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,8 @@ def resumed_after_the_ramp(target: float, **options: int | str) -> tuple[nn.Modu
     """Trained for 40 steps at 0.8, and then resumed with another target."""
     torch.manual_seed(0)
     models = toys.plain_sr(32), toys.plain_sr(32)
-    trained, resumed = (iks_plugin.sparsify(model, 0.8, ramp_steps=20, **options) for model in models)
+    goals = zip(models, (0.8, target), strict=True)
+    trained, resumed = (iks_plugin.sparsify(model, goal, ramp_steps=20, **options) for model, goal in goals)
     toys.train(models[0], torch.optim.Adam(models[0].parameters(), 1e-3), 40)
     resumed.load_state_dict({**trained.state_dict(), "target_sparsity": target})
     models[1].load_state_dict(models[0].state_dict())
