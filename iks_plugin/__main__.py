@@ -333,7 +333,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     arguments = parsed_arguments(options.arch_args)
-    model, name = load_network(options.model, options.arch, arguments, packed=True, key=options.key)
+    model, name = load_network(options.model, options.arch, arguments, key=options.key)
     print(f"{options.model}: {name}", flush=True)
     print(bench(model, size, options.rounds))
     return 0

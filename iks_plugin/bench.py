@@ -54,6 +54,8 @@ class Bench:
         size = "x".join(map(str, self.image))
         lines.append(f"image {size}, {self.threads} threads, medians of runs in turn")
         lines.append(f"dense:  {1000 * self.dense:9.1f} ms ({self.dense_layout}), weights {self.dense_bytes:,} bytes")
+        if not rows:
+            return "\n".join((*lines, "packed: the same network, as no layer has zeros enough to be packed"))
         ratio = f"{self.dense / self.packed:.2f} times as fast"
         share = f"{self.packed_bytes / self.dense_bytes:.1%} of dense"
         lines.append(f"packed: {1000 * self.packed:9.1f} ms, {ratio}, weights {self.packed_bytes:,} bytes, {share}")

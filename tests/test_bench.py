@@ -65,6 +65,16 @@ def test_the_command(pruned: nn.Module, tmp_path: Path, capsys: pytest.CaptureFi
     assert "packed layer" in out
 
 
+def test_a_network_in_which_nothing_is_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(toys.plain_sr().state_dict(), tmp_path / "m.pth")
+    with pytest.warns(iks_plugin.IksWarning, match="no layer of the model was packed") as warned:
+        assert main(["bench", str(tmp_path / "m.pth"), "--arch", ARCH, "--size", "20x12", "--rounds", "1"]) == 0
+    assert len(warned) == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("packed: the same network, as no layer has zeros enough to be packed\n")
+    assert "dense: " in printed and "times as fast" not in printed
+
+
 def test_a_network_for_grey_images_or_for_none() -> None:
     grey = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1))
     assert bench(grey, (8, 9), rounds=1).image == (1, 8, 9)
