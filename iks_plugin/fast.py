@@ -17,6 +17,7 @@ from .compiled import is_compiling
 from .errors import warn_user
 from .program import UnexpectedInputError
 from .runtime import Packed, PackedWeight
+from .settings import settings_of
 from .state import unwrapped
 from .swap import Swapped, original_class, swapped_class
 
@@ -27,6 +28,12 @@ _MOST_KEPT = 64 << 20
 _SHORT = 0.02
 """Seconds: a way whose first run takes less gets a second one in any case."""
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+_CHANGES = 3
+"""Calls in a row with other settings each, after which a model is no longer taken for one with a graph."""
+
+_SMALL = 1 << 16
+"""Tensors of so many elements may be kept alive, so that no other can be taken for one that is gone."""
 
 _TRACES = 4
 """Shapes of images for which the graph of a model is kept that has shapes in it."""
@@ -64,6 +71,8 @@ class Streams:
         self._lock = threading.RLock()
         self._traces: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._settings: Any = None
+        self._held: list[Any] = []
+        self._changes = 0
         self._ways: dict[tuple[int, ...], str] = {}
         self._kept = "torch"
         self._weights: list[PackedWeight] = []
@@ -81,6 +90,10 @@ class Streams:
     def run(self, model: nn.Module, usual: Callable[[Tensor], Any], image: Tensor) -> Any:
         """The model's output of `image`."""
         key = _key(image)
+        try:
+            self._take_up_settings(model)
+        except Exception:  # what another thread changes meanwhile, or an object that does not let itself be looked at
+            return _usual_result(usual, image)
         way = self._ways.get(key)
         if way is None:
             with self._lock:
@@ -107,15 +120,26 @@ class Streams:
                 weight.keep(_LAYOUTS[way])
             self._kept = way
 
-    def _trace(self, model: nn.Module, image: Tensor) -> Any:
-        from . import steady, tracing
-
-        settings, shape = steady.settings_of(model), tuple(image.shape)
+    def _take_up_settings(self, model: nn.Module) -> None:
+        """Forget graphs that were made for other settings."""
+        held: list[Any] = []
+        settings = settings_of(model, held)
         with self._lock:
-            if settings != self._settings:
-                self._settings = settings
-                self._traces.clear()
-                self._ways = {key: way for key, way in self._ways.items() if way != "stream"}
+            if settings == self._settings:
+                if self._changes < _CHANGES:
+                    self._changes = 0
+                return
+            self._changes += self._settings is not None
+            self._settings = settings
+            self._held = [one for one in held if not isinstance(one, Tensor) or one.numel() <= _SMALL]
+            self._traces.clear()
+            self._ways = {key: way for key, way in self._ways.items() if way != "stream"}
+
+    def _trace(self, model: nn.Module, image: Tensor) -> Any:
+        from . import tracing
+
+        shape = tuple(image.shape)
+        with self._lock:
             key = _ANY if _ANY in self._traces else shape
             if key not in self._traces:
                 trace = tracing.trace(model, image.shape)
@@ -133,31 +157,39 @@ class Streams:
         layout = torch.channels_last if _is_channels_last(image) else torch.contiguous_format
         strip = image[:1, :, : _STRIP[0], : _STRIP[1]].clone(memory_format=layout)
         try:
-            with steady.generators_kept():
-                self._ways[key] = self._fastest_way(model, strip)
-        except Exception:  # not every network can be copied, or takes a part of an image, or one of any channels
+            with steady.generators_kept() as generators:
+                self._ways[key] = self._fastest_way(model, generators, strip)
+        except Exception:  # not every network takes a part of an image, or one of any channels
             self._ways[key] = "torch"
-        if not set(self._ways.values()) & set(_LAYOUTS):
-            for weight in self._weights:
-                weight.drop()
-            self._kept = "torch"
+        finally:
+            if not set(self._ways.values()) & set(_LAYOUTS):
+                for weight in self._weights:
+                    weight.drop()
+                self._kept = "torch"
         return self._ways[key]
 
-    def _fastest_way(self, model: nn.Module, strip: Tensor) -> str:
+    def _fastest_way(self, model: nn.Module, generators: Any, strip: Tensor) -> str:
         from . import steady, tracing
 
-        steps = self._trace(model, strip).steps
-        copied = steady.copy_to_try(model)
-        if steps is not None and not steady.is_steady(copied, strip):
-            steps = None
         fits = sum(weight.shape.numel() * weight.dtype.itemsize for weight in _packed_weights(model)) <= _MOST_KEPT
         layouts = [way for way in _LAYOUTS if way in self._ways.values()] or list(_LAYOUTS)  # one is kept at a time
+        steps = self._trace(model, strip).steps if self._changes < _CHANGES else None
+        try:
+            copied = steady.copy_to_try(model)
+        except Exception:  # whatever a model raises that cannot be copied: it is not tried, but may keep its weights
+            generators.restore = False
+            return layouts[0] if fits else "torch"
+        if steady.is_steady(copied, strip):
+            generators.restore = False
+        else:
+            steps = None
         names = [*(["stream"] if steps is not None else []), *(layouts if fits else ["torch"])]
         results: dict[str, Any] = {}
 
         def run(name: str) -> None:
             image = strip.clone(memory_format=torch.preserve_format)  # a model may change its input in place
             if name == "stream":
+                assert steps is not None
                 results[name] = tracing.run(steps, dict(model.named_modules()), image)
             else:
                 self._keep(name, model)
@@ -203,9 +235,18 @@ def _is_channels_last(image: Tensor) -> bool:
 def _usual_result(usual: Callable[[Tensor], Any], image: Tensor) -> Any:
     """What the usual way gives, in the layout of `image` whatever that of the kept weights is."""
     result = usual(image)
-    is_by_channels = image.stride(1) == 1 < image.shape[1]  # channels_last, or a part of such an image
-    is_plain = isinstance(result, Tensor) and result.ndim == 4 and (image.is_contiguous() or not is_by_channels)
+    is_plain = isinstance(result, Tensor) and result.ndim == 4 and not _suggests_channels_last(image)
     return result.contiguous() if is_plain else result
+
+
+def _suggests_channels_last(image: Tensor) -> bool:
+    """Whether torch's convolutions give channels_last for such an image: its strides rise along C, W, H and N."""
+    least, strides = 0, image.stride()
+    for dim in (1, 3, 2, 0):
+        if strides[dim] < least or (dim == 0 and least == strides[1]) or not strides[1]:
+            return False
+        least = strides[dim] * image.shape[dim]
+    return True
 
 
 def _fastest(ways: dict[str, Callable[[], object]]) -> str:

@@ -274,7 +274,7 @@ def lent(layers: Iterable[nn.Module], to: str) -> Iterator[None]:
         yield
     finally:
         for layer, lender in before.items():
-            del _lent[layer]
+            _lent.pop(layer, None)
             if lender is not None:
                 _lent[layer] = lender
 

@@ -363,8 +363,9 @@ def projected_weights(
 
 
 def _is_mean(layers: Collection[Gated]) -> bool:
-    """Whether they belong to an average of models that were taken within `gates_applied`."""
-    return not controllers_of(layers) and all(bool((layer.threshold <= _IDLE).all()) for layer in layers)
+    """Whether they are of an average of models that were taken within `gates_applied`, which lets thresholds fall."""
+    fallen = (layer.threshold < max(layer._iks.threshold_init - 1, _IDLE + 1) for layer in layers)
+    return not controllers_of(layers) and all(bool(each.all()) for each in fallen)
 
 
 def _warn_if_far(trained: int, met: int, zeros: int, goal: Goal) -> None:

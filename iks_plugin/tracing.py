@@ -17,7 +17,7 @@ from .calls import AUGMENTED, CannotStreamError, is_in_place, may_be_a_view, tak
 from .operations import Operations, as_channels
 from .runtime import Packed, PackedWeight
 from .shapes import Shapes, shape_of, value_of
-from .steady import copy_to_try, versions_of_buffers
+from .steady import copy_to_try, versions_of_tensors
 from .streams import Stream
 from .trust import as_given, check_writes_no_constant, is_all, is_conversion, leaves_something
 
@@ -159,14 +159,14 @@ def trace(model: nn.Module, image: torch.Size) -> Trace:
     steps, is_sized = None, False
     try:
         shell = copy_to_try(model)
-        versions = versions_of_buffers(shell)
+        versions = versions_of_tensors(shell)
         tracer = Tracer(shell, image)
         try:
             with _tracing:
                 graph = tracer.trace(shell)
         finally:
             is_sized = tracer.is_sized
-        has_state = versions != versions_of_buffers(shell) or leaves_something(shell, model)
+        has_state = versions != versions_of_tensors(shell) or leaves_something(shell, model)
         if not has_state and is_all(graph, model):
             steps = _Splitter(shell, dict(model.named_modules())).split(graph)
     except Exception:  # whatever a model's Python code makes of a stand-in for a tensor
@@ -236,6 +236,8 @@ class _Splitter:
                 value = find(self._modules[""])  # not the copy's: `self.mean = self.mean.to(x)` left a stand-in there
             except AttributeError:
                 value = find(self._shell)  # a tensor that forward makes, which tracing has put there
+                if value.untyped_storage().nbytes() > value.nbytes:  # a part of the copy's, which shall not stay for it
+                    value = value.clone()
         else:
             value = self._operations.constants[node.args[0]].float()  # type: ignore[index]
         self._given[node] = value

@@ -10,8 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .calls import says_in_place
-
-_PLAIN = (bool, int, float, str, type(None))
+from .settings import NO_SETTINGS, plain_settings
 
 
 class UnsafeGraphError(Exception):
@@ -56,9 +55,7 @@ def leaves_something(shell: nn.Module, model: nn.Module) -> bool:
         for key, value in module.__dict__.items():
             if any(not is_conversion(proxy.node) for proxy in _proxies(value)):
                 return True
-            if key != "_iks_streams" and isinstance(value, _PLAIN) and value != before.get(key):
-                return True
-            if isinstance(value, (list, dict)) and key in before and len(value) != len(before[key]):
+            if key not in NO_SETTINGS and plain_settings(value) != plain_settings(before.get(key)):
                 return True
     return False
 

@@ -351,6 +351,13 @@ def test_within_gates_applied_a_model_is_not_finalized_and_its_copy_is():
     assert toys.states_equal(dict(iks_plugin.finalize(model).state_dict()), dict(plain.state_dict()))
 
 
+def test_contexts_may_end_in_another_order_than_they_began():
+    model = trained(0.8)
+    outer, inner = iks_plugin.gates_applied(model), iks_plugin.finalized(model)
+    outer.__enter__(), inner.__enter__()
+    outer.__exit__(None, None, None), inner.__exit__(None, None, None)
+
+
 @pytest.mark.filterwarnings("error:training ended at:iks_plugin.IksWarning")
 def test_a_mean_of_gated_weights_is_finalized_without_a_warning_and_an_untrained_copy_with_one():
     model = toys.plain_sr()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +22,8 @@ from torch.nn import functional as F
 
 import iks_plugin
 from iks_plugin import fast, tracing
+from iks_plugin.runtime import PackedWeight
+from iks_plugin.settings import settings_of
 from iks_plugin.trust import is_same
 from test_stream_graphs import Layers, network
 
@@ -313,10 +318,41 @@ def collects_in_an_object(m: Any, x: Tensor) -> Tensor:
     return m.tail(h)
 
 
+@dataclass(slots=True)
+class InSlots:
+    mean: float = 0.0
+
+
+def remembers_in_slots(m: Any, x: Tensor) -> Tensor:
+    m.slots.mean = 0.9 * m.slots.mean + 0.1 * float(m.a.bias.sum())
+    return m.tail(body(m, x)) * m.slots.mean
+
+
+def counts_in_a_parameter(m: Any, x: Tensor) -> Tensor:
+    m.total.add_(1)
+    return m.tail(body(m, x)) * m.total
+
+
+def counts_in_a_tensor_that_it_makes(m: Any, x: Tensor) -> Tensor:
+    if m.seen is None:
+        m.seen = torch.zeros(1)
+    m.seen += 1
+    return m.tail(body(m, x)) * m.seen
+
+
+def keeps_the_shape(m: Any, x: Tensor) -> Tensor:
+    m.memory.last = tuple(x.shape)
+    return m.tail(body(m, x))
+
+
 @pytest.mark.parametrize(
     "forward",
     [
         remembers,
+        remembers_in_slots,
+        counts_in_a_parameter,
+        counts_in_a_tensor_that_it_makes,
+        keeps_the_shape,
         collects,
         counts,
         remembers_in_a_buffer,
@@ -331,6 +367,7 @@ def test_what_a_model_remembers(forward: Callable[[Any, Tensor], Tensor], mode: 
     plain = network(forward)
     plain.seen, plain.maps, plain.count = None, [], 0  # type: ignore[assignment]
     plain.memory = SimpleNamespace(last=0.0, means=deque())  # type: ignore[assignment]
+    plain.slots, plain.total = InSlots(), nn.Parameter(torch.zeros(1))  # type: ignore[assignment]
     plain.register_buffer("mean", torch.zeros(1, 16, 1, 1))
     plain.register_buffer("frames", torch.tensor(0))
     model = iks_plugin.pack(copy.deepcopy(plain))
@@ -341,36 +378,152 @@ def test_what_a_model_remembers(forward: Callable[[Any, Tensor], Tensor], mode: 
     assert len(model.maps) == len(plain.maps)
     assert model.count == plain.count
     assert len(model.memory.means) == len(plain.memory.means)
+    assert is_same(model.memory.last, plain.memory.last, 1e-5)
+    assert model.slots.mean == pytest.approx(plain.slots.mean)
+    assert model.total == plain.total
+    assert is_same(model.seen, plain.seen, 1e-5)
     assert is_same(model.mean, plain.mean)
     assert model.frames == plain.frames
 
 
 class Gains(Layers):
-    of_the_class = 1.0
+    of_the_class, more_of_the_class = 1.0, (1.0,)
 
 
 def tripled(x: Tensor) -> Tensor:
     return 3 * x
 
 
-@pytest.mark.parametrize("change", ["namespace", "function", "class"])
+def change_function(m: Any) -> None:
+    m.last = None
+    m.last = tripled
+
+
+def change_partial(m: Any) -> None:
+    m.last = None  # the next one may lie where this one has lain
+    m.last = partial(torch.mul, other=3.0)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "namespace": lambda m: setattr(m.options, "gain", 2.0),
+    "slots": lambda m: setattr(m.slots, "mean", 2.0),
+    "set": lambda m: m.names.add("more"),
+    "dict by tensors": lambda m: setattr(m, "by_tensor", {torch.ones(2): 2.0}),
+    "function": change_function,
+    "partial": change_partial,
+    "module of two names": lambda m: setattr(m, "active", m.b),
+    "buffer of two names": lambda m: setattr(m, "level", m.high),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "class", "tuple of the class"])
 def test_settings_elsewhere_that_change_are_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Gains(lambda m, x: m.last(m.tail(body(m, x) * m.options.gain * m.of_the_class))).eval()
+    def forward(m: Any, x: Tensor) -> Tensor:
+        gain = m.options.gain * m.slots.mean * len(m.names) * next(iter(m.by_tensor.values())) * m.of_the_class
+        return m.last(m.tail(m.active(body(m, x)) * gain * m.more_of_the_class[0] * m.level))
+
+    model = Gains(forward).eval()
     model.load_state_dict(network(body).state_dict())
-    model.options, model.last = SimpleNamespace(gain=1.0), torch.abs  # type: ignore[assignment]
+    model.options, model.slots, model.names = SimpleNamespace(gain=1.0), InSlots(1.0), {"one"}  # type: ignore[assignment]
+    model.last, model.by_tensor, model.active = partial(torch.mul, other=2.0), {torch.ones(1): 1.0}, model.a  # type: ignore[assignment]
+    for name, value in {"low": 1.0, "high": 2.0}.items():
+        model.register_buffer(name, torch.tensor([value]))
+    model.level = model.low
     iks_plugin.pack(model)
     image = torch.rand(1, 3, 24, 24)
     with torch.no_grad():
         before = model(image)
         assert "stream" in fast.paths(model).values()
-        if change == "namespace":
-            model.options.gain = 2.0
-        elif change == "function":
-            model.last = tripled  # type: ignore[assignment]
-        else:
+        if change in CHANGES:
+            CHANGES[change](model)
+        elif change == "class":
             monkeypatch.setattr(Gains, "of_the_class", 2.0)
+        else:
+            monkeypatch.setattr(Gains, "more_of_the_class", (2.0,))
         assert not is_same(model(image), before)
         assert is_same(model(image), iks_plugin.unpack(model)(image), 1e-5)
+
+
+def test_a_memory_that_is_switched_on_later() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = body(m, x)
+        if m.temporal:
+            m.memory.last = 0.5 * m.memory.last + h.mean()
+            h = h * m.memory.last
+        return m.tail(h)
+
+    plain = network(forward)
+    plain.temporal, plain.memory = False, SimpleNamespace(last=torch.ones(1))  # type: ignore[assignment]
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    with torch.no_grad():
+        for number in range(5):
+            model.temporal = plain.temporal = number > 1  # type: ignore[assignment]
+            image = torch.rand(1, 3, 24, 24)
+            assert is_same(model(image), plain(image), 1e-5)
+
+
+def test_settings_that_change_all_the_time_are_not_traced_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+    trace = tracing.trace
+    monkeypatch.setattr(tracing, "trace", lambda *given: (traced.append(given), trace(*given))[1])
+    plain = network(lambda m, x: m.tail(body(m, x)) * m.gain)
+    model = iks_plugin.pack(copy.deepcopy(plain))
+    image = torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        for number in range(12):
+            model.gain = plain.gain = float(number)  # type: ignore[assignment]
+            assert is_same(model(image), plain(image), 1e-5)
+    assert len(traced) <= 4
+
+
+def test_loggers_and_great_graphs_of_objects_are_not_looked_through() -> None:
+    model = network(lambda m, x: m.tail(body(m, x)))
+    model.logger = logging.getLogger("one")  # type: ignore[assignment]
+    node = model.tree = SimpleNamespace(parent=model, depth=0)  # type: ignore[assignment]
+    for depth in range(5000):
+        node.child = SimpleNamespace(parent=node, depth=depth)
+        node = node.child
+    before = settings_of(model)
+    logging.getLogger("another")
+    node.depth = -1
+    assert settings_of(model) == before
+    model.tree.depth = -1
+    assert settings_of(model) != before
+
+
+def test_other_threads_draw_other_numbers_meanwhile() -> None:
+    drawn: list[float] = []
+
+    def draw() -> None:
+        drawn.extend((float(torch.rand(1)), random.random(), float(np.random.rand())))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+        return m.tail(body(m, x))
+
+    model = iks_plugin.pack(network(forward))
+    with torch.no_grad():
+        model(torch.rand(1, 3, 24, 24))
+    assert len(set(drawn)) == len(drawn) > 6
+    assert "stream" in fast.paths(model).values()
+
+
+class GivesItself(Layers):
+    def __deepcopy__(self, memo: Any) -> GivesItself:
+        return self
+
+
+def test_a_model_that_gives_itself_for_a_copy_stays_what_it_is() -> None:
+    model = GivesItself(lambda m, x: m.tail(body(m, x))).eval()
+    model.load_state_dict(network(body).state_dict())
+    cls = type(iks_plugin.pack(model))
+    image = torch.rand(1, 3, 24, 24)
+    with torch.no_grad():
+        result = model(image)
+        assert type(model) is cls
+        assert is_same(result, iks_plugin.unpack(model)(image), 1e-5)
 
 
 def test_hooks_on_all_modules_see_each_image() -> None:
@@ -423,7 +576,9 @@ def test_models_that_cannot_be_copied(what: str) -> None:
     image = torch.rand(1, 3, 24, 24)
     model.extra = threading.Lock() if what == "a lock" else model.head(image)  # type: ignore[assignment]
     with torch.no_grad():
-        assert is_same(model(image), iks_plugin.unpack(model)(image), 1e-5)
+        result = model(image)
+        assert all(module._kept is not None for module in model.modules() if isinstance(module, PackedWeight))
+        assert is_same(result, iks_plugin.unpack(model)(image), 1e-5)
 
 
 @pytest.mark.parametrize("error", [AssertionError, ValueError, IndexError])
