@@ -54,14 +54,14 @@ def is_steady(copied: nn.Module, image: Tensor) -> bool:
         copied: by `copy_to_try`; it is run twice.
     """
     held: list[Any] = []
-    with torch.inference_mode(False), torch.no_grad(), _Draws() as draws:
+    with torch.inference_mode(False), torch.no_grad(), _Draws() as draws:  # type: ignore[no-untyped-call]
         first = copied(image.clone())
         settings = settings_of(copied, held)
         second = copied(image.clone())
         return not draws.any and settings == settings_of(copied) and is_same(first, second)
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether this thread draws random numbers of torch."""
 
     any = False
