@@ -20,6 +20,7 @@ _OPAQUE = (
     *(nn.Module, torch.fx.Proxy, logging.Logger),
 )
 """What counts as the object that it is, whatever is in it."""
+_CONTAINERS = (tuple, list, deque, set, frozenset, dict)
 NO_SETTINGS = {*nn.Module().__dict__, "_kept", "_iks_streams"} - {"training"}
 """Attributes that are none. Whether a dense weight is kept changes no graph."""
 _DEEPEST, _MOST = 6, 300
@@ -88,6 +89,8 @@ class _Look:
             return self.leaf(value)
         if not isinstance(value, tuple):
             self._seen.add(id(value))
+        if isinstance(value, _CONTAINERS) and len(value) > self.left:
+            return len(value), self.leaf(value)
         if isinstance(value, (tuple, list, deque)):
             return self._length(value), tuple(self.at(one, depth + 1) for one in value)
         if isinstance(value, (set, frozenset)):

@@ -483,7 +483,9 @@ def test_loggers_and_great_graphs_of_objects_are_not_looked_through() -> None:
     for depth in range(5000):
         node.child = SimpleNamespace(parent=node, depth=depth)
         node = node.child
+    model.names = [str(number) for number in range(10**5)]  # type: ignore[assignment]
     before = settings_of(model)
+    assert len(str(before)) < 10**4
     logging.getLogger("another")
     node.depth = -1
     assert settings_of(model) == before
