@@ -66,6 +66,10 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     any = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which is what torch would load its compiler for, at a second's cost
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.any |= torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
