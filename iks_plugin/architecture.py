@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_checkpoint
+from .checkpoint import apply_gates, read_checkpoint
 from .contents import inspect as inspect_file
 from .errors import IksError, IksWarning, OptionError
 from .model_file import load
@@ -204,14 +204,17 @@ def _load_compact(path: Path, model: nn.Module, packed: bool) -> None:
 
 
 def _load_checkpoint(path: Path, model: nn.Module, key: str | None) -> None:
-    prefixes = _prefixes(model, read_checkpoint(path, key, is_gate=lambda name: False).state)
+    state = read_checkpoint(path, key, is_gate=lambda name: False).state
+    prefixes = _prefixes(model, state)
     if len(prefixes) > 1:
         raise IksError(
             f"{path} has weights for the network behind each of {', '.join(prefixes)}: make a file of those that you "
             f"want, with iks export --prefix {prefixes[0]}, and take that"
         )
+    if prefixes:
+        state = read_checkpoint(path, key, prefixes[0], is_gate=lambda name: False).state
     own = model.state_dict()
-    state = read_checkpoint(path, key, prefix="".join(prefixes), is_gate=lambda name: name not in own).state
+    state = apply_gates(state, is_gate=lambda name: name not in own)
     faults = [f"{name} is not in it" for name in own if name not in state]
     faults += [f"{name} is not in the network" for name in state if name not in own]
     faults += [

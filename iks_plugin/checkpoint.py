@@ -85,7 +85,7 @@ def read_checkpoint(
     if not chosen:
         firsts = sorted({name.split(".")[0] + "." for name in tensors})
         raise IksError(f"{path}: no name begins with {prefix!r}: the names begin with {', '.join(firsts[:8])}")
-    state = _gates_applied(chosen, is_gate)
+    state = apply_gates(chosen, is_gate)
     return Checkpoint(state, key, gated=len(chosen) - len(state))
 
 
@@ -110,7 +110,8 @@ def _is_named_tensor(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor)
 
 
-def _gates_applied(state: dict[str, Tensor], is_gate: Callable[[str], bool]) -> dict[str, Tensor]:
+def apply_gates(state: dict[str, Tensor], is_gate: Callable[[str], bool]) -> dict[str, Tensor]:
+    """`state` with the thresholds in it that are gates' applied to the weights beside them, see `read_checkpoint`."""
     result = dict(state)
     for name in filter(is_gate, state):
         weight = name.removesuffix("threshold") + "weight"

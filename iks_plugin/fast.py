@@ -17,7 +17,7 @@ from .compiled import is_compiling
 from .errors import warn_user
 from .program import UnexpectedInputError
 from .runtime import Packed, PackedWeight
-from .settings import settings_of
+from .settings import SMALL, settings_of
 from .state import unwrapped
 from .swap import Swapped, original_class, swapped_class
 
@@ -31,9 +31,6 @@ _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channe
 
 _CHANGES = 3
 """Calls in a row with other settings each, after which a model is no longer taken for one with a graph."""
-
-_SMALL = 1 << 16
-"""Tensors of so many elements may be kept alive, so that no other can be taken for one that is gone."""
 
 _TRACES = 4
 """Shapes of images for which the graph of a model is kept that has shapes in it."""
@@ -131,7 +128,8 @@ class Streams:
                 return
             self._changes += self._settings is not None
             self._settings = settings
-            self._held = [one for one in held if not isinstance(one, Tensor) or one.numel() <= _SMALL]
+            # Kept alive, so that no other can be taken for one that is gone.
+            self._held = [one for one in held if not isinstance(one, Tensor) or one.numel() <= SMALL]
             self._traces.clear()
             self._ways = {key: way for key, way in self._ways.items() if way != "stream"}
 

@@ -23,6 +23,8 @@ _OPAQUE = (
 _CONTAINERS = (tuple, list, deque, set, frozenset, dict)
 NO_SETTINGS = {*nn.Module().__dict__, "_kept", "_iks_streams"} - {"training"}
 """Attributes that are none. Whether a dense weight is kept changes no graph."""
+SMALL = 1 << 16
+"""Tensors of at most so many elements may hold what a model counts or is set to; larger ones are its weights."""
 _DEEPEST, _MOST = 6, 300
 """How deep lists, dictionaries and objects are looked into, and how many values of a module's; the others count as the
 objects that they are."""

@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .runtime import Packed, PackedWeight, version_of
-from .settings import settings_of
+from .settings import SMALL, settings_of
 from .swap import Swapped, original_class
 from .trust import is_same
-
-_LARGE = 1 << 16
-"""Parameters of more elements than that are weights, which a forward does not write to."""
 
 
 def copy_to_try(model: nn.Module) -> nn.Module:
@@ -30,7 +27,7 @@ def copy_to_try(model: nn.Module) -> nn.Module:
         Exception: whatever a model raises that cannot be copied.
     """
     weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
-    large = [parameter for parameter in model.parameters() if parameter.numel() > _LARGE]
+    large = [parameter for parameter in model.parameters() if parameter.numel() > SMALL]
     with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode do not tell of changes
         copied = copy.deepcopy(model, {id(one): one for one in (*weights, *large)})
     if copied is model:

@@ -193,6 +193,17 @@ def run_python(*arguments: str | Path, cwd: Path, check: bool = True) -> subproc
     return done
 
 
+def said_without(package: str, adapter: str, folder: Path) -> str:
+    """What a process prints to stderr that imports `adapter` where `package` is not installed."""
+    code = f"""
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)
+import {adapter}
+"""
+    return run_python("-c", code, cwd=folder, check=False).stderr
+
+
 def saved(folder: Path, name: str, kind: str = "models") -> Any:
     """What BasicSR has saved in the experiment "run": a network's file, or kind="training_states"."""
     return torch.load(folder / "experiments" / "run" / kind / name, map_location="cpu", weights_only=False)

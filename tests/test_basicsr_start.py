@@ -152,14 +152,8 @@ def test_a_wrong_block_is_told_in_a_line(tmp_path):
 
 
 def test_without_basicsr_the_import_says_what_to_do(tmp_path):
-    code = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "basicsr" else find(name, *rest)
-import iks_basicsr
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "ImportError: iks_basicsr needs BasicSR" in done.stderr and "pip install" in done.stderr
+    said = toys.said_without("basicsr", "iks_basicsr", tmp_path)
+    assert "ImportError: iks_basicsr needs BasicSR" in said and "pip install" in said
 
 
 def test_the_core_does_not_load_the_adapter():

@@ -17,7 +17,7 @@ pytest.importorskip("mmagic")
 import torch
 
 import mmagic_toys as toys
-from basicsr_toys import assert_same, write_images
+from basicsr_toys import assert_same, said_without, write_images
 from test_mmagic_export import EXPORT, loaded, within
 from test_mmagic_training import EMA, GAN, zeros_and_weights
 
@@ -26,14 +26,8 @@ SEPARATE = 'model_wrapper_cfg = dict(type="MMSeparateDistributedDataParallel")'
 
 
 def test_without_mmengine_the_import_says_what_to_do(tmp_path):
-    code = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "mmengine" else find(name, *rest)
-import iks_mmagic
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "ImportError: iks_mmagic needs MMagic and MMEngine" in done.stderr and "pip install" in done.stderr
+    said = said_without("mmengine", "iks_mmagic", tmp_path)
+    assert "ImportError: iks_mmagic needs MMagic and MMEngine" in said and "pip install" in said
 
 
 @pytest.mark.slow
