@@ -195,12 +195,7 @@ def run_python(*arguments: str | Path, cwd: Path, check: bool = True) -> subproc
 
 def said_without(package: str, adapter: str, folder: Path) -> str:
     """What a process prints to stderr that imports `adapter` where `package` is not installed."""
-    code = f"""
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)
-import {adapter}
-"""
+    code = f"import sys; sys.modules[{package!r}] = None; import {adapter}"
     return run_python("-c", code, cwd=folder, check=False).stderr
 
 

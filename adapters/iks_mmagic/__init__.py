@@ -8,10 +8,13 @@ Train and test with MMagic's own `tools/train.py` and `tools/test.py`, or with `
 there is nothing to call. Configs without the entry train as ever.
 """
 
-from . import compat, install
+from . import compat
 
 compat.require_mmengine()
 compat.install()
+
+from . import install  # noqa: E402
+
 install.install()
 
 __all__: list[str] = []
