@@ -40,7 +40,8 @@ TEST_TOOLS = [
 # away what that set-up needs.
 BASICSR_NEEDS = ["setuptools", "wheel", "cython", "numpy", "torch", "torchvision"]
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
-LATEST = [BASICSR_NEEDS, ["--no-build-isolation", "basicsr", "mypy", "ruff", *ONNX, *TEST_TOOLS]]
+TRAINERS = ["accelerate", "lightning"]
+LATEST = [BASICSR_NEEDS, ["--no-build-isolation", "basicsr", "mypy", "ruff", *ONNX, *TRAINERS, *TEST_TOOLS]]
 CLASSIC = [
     BASICSR_NEEDS,
     [
@@ -77,7 +78,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def latest(session: nox.Session) -> None:
-    """The tests on the newest torch and numpy, with real BasicSR."""
+    """The tests on the newest torch and numpy, with real BasicSR, Lightning and Accelerate."""
     _test(session, "latest", LATEST)
 
 

@@ -152,11 +152,16 @@ def _add_export(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "export",
         help="make a compact file of a checkpoint",
-        description="Make a compact file of a checkpoint of BasicSR, of MMagic, or of torch.save(model.state_dict()). "
+        description="Make a compact file of a checkpoint of BasicSR, MMagic or Lightning, of "
+        "torch.save(model.state_dict()), or of safetensors. "
         "Nothing in the checkpoint is executed. Thresholds that a training has left beside the weights are applied.",
     )
     parser.set_defaults(command=_export)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that torch.save has written (.pth)")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a file that torch.save has written (.pth, .ckpt, ...), or .safetensors",
+    )
     parser.add_argument("out", metavar="OUT", help="the compact file to write (.iks)")
     parser.add_argument(
         "--value-dtype",
@@ -210,11 +215,12 @@ def _add_restore(commands: Any) -> None:
         "restore",
         help="make a plain checkpoint of a compact file",
         description="Make a plain checkpoint of a compact file: dense tensors, written by torch.save, under the key "
-        "where the checkpoint that was exported had them. BasicSR, MMagic or plain torch load it without iks-plugin.",
+        "where the checkpoint that was exported had them, or a safetensors file, if that is its name. BasicSR, MMagic "
+        "or plain torch load it without iks-plugin.",
     )
     parser.set_defaults(command=_restore)
     parser.add_argument("file", metavar="FILE", help="a compact file (.iks)")
-    parser.add_argument("out", metavar="OUT", help="the checkpoint to write (.pth)")
+    parser.add_argument("out", metavar="OUT", help="the checkpoint to write: .pth, or .safetensors, which has no keys")
     parser.add_argument(
         "--key",
         help="put the state dict under this key: 'params' for BasicSR, 'state_dict' for MMagic, '' for none (default: "
@@ -228,12 +234,16 @@ def _add_restore(commands: Any) -> None:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    from .checkpoint import write_checkpoint
+    from .checkpoint import is_safetensors, write_checkpoint
     from .contents import inspect
 
     _check_apart(options.file, options.out)
     state = {f"{options.prefix}{name}": tensor for name, tensor in load(options.file).items()}
     key = inspect(options.file).info.checkpoint_key if options.key is None else options.key or None
+    if is_safetensors(options.out):
+        if options.key:
+            raise IksError(f"--key {options.key}: a safetensors file has no keys: leave it out, or write a .pth")
+        key = None
     write_checkpoint(options.out, state, key)
     print(f"{options.file} -> {options.out}: {len(state)} tensors{f' under {key!r}' if key else ''}, dense")
     return 0
@@ -250,7 +260,10 @@ def _add_upscale(commands: Any) -> None:
     parser.add_argument("source", metavar="IN", help="a picture (.png, .jpg, ...) of 8 bits a channel, or a folder")
     parser.add_argument("out", metavar="OUT", help="the picture to write, or the folder")
     parser.add_argument(
-        "--model", metavar="FILE", required=True, help="the weights: a compact file (.iks) or a checkpoint (.pth)"
+        "--model",
+        metavar="FILE",
+        required=True,
+        help="the weights: a compact file (.iks) or a checkpoint (.pth, .safetensors)",
     )
     parser.add_argument(
         "--arch",
@@ -306,7 +319,9 @@ def _add_bench(commands: Any) -> None:
         "packed layer runs.",
     )
     parser.set_defaults(command=_bench)
-    parser.add_argument("model", metavar="MODEL", help="the weights: a compact file (.iks) or a checkpoint (.pth)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="the weights: a compact file (.iks) or a checkpoint (.pth, .safetensors)"
+    )
     parser.add_argument("--arch", metavar="ARCH", help="the network, as for `iks upscale`")
     parser.add_argument("--arch-args", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="as there")
     parser.add_argument("--key", help="which state dict of a checkpoint to take, as there")

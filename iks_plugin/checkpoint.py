@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .container import is_compact
 from .errors import IksError
 from .files import whole_file
 from .gate import soft_threshold
@@ -45,13 +46,13 @@ def read_checkpoint(
     prefix: str = "",
     is_gate: Callable[[str], bool] = lambda name: True,
 ) -> Checkpoint:
-    """The weights in a checkpoint of BasicSR, of MMagic, or of `torch.save(model.state_dict())`.
+    """The weights in a checkpoint of BasicSR, MMagic or Lightning, of `torch.save(model.state_dict())` or safetensors.
 
     Thresholds beside the weights, as a training with gates may have left them, are applied to them. The prefix
     "module." of parallel training is taken off. What is no tensor with a name, such as a counter, is passed over.
 
     Args:
-        path: a file that torch.save has written.
+        path: a file that torch.save has written, or a safetensors file, whose name ends in ".safetensors".
         key: which of the state dicts to take; default the first of those that frameworks use.
         prefix: take only entries whose names begin with it, and take it off.
         is_gate: whether an entry "<layer>.threshold" beside "<layer>.weight", by its name without the prefix, is of a
@@ -92,14 +93,32 @@ def read_checkpoint(
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], key: str | None) -> None:
     """Write what `read_checkpoint` reads: `state`, under `key` if there is one; whole or not at all.
 
+    A path that ends in ".safetensors" gets a file of that kind, which holds one state dict and has no keys.
+
     Raises:
         IksError: it cannot be written; a file that was there before is still there.
     """
     try:
         with whole_file(path) as unfinished:
-            torch.save(OrderedDict(state) if key is None else {key: OrderedDict(state)}, unfinished)
+            if is_safetensors(path):
+                unfinished.write_bytes(_safetensors_bytes(state))
+            else:
+                torch.save(OrderedDict(state) if key is None else {key: OrderedDict(state)}, unfinished)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeErrors where it cannot write
         raise IksError(f"{os.fspath(path)}: cannot be written ({error}). What was there before is unchanged") from error
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` has the name of a safetensors file."""
+    return Path(path).suffix.lower() == ".safetensors"
+
+
+def _safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    # Tensors that share memory are refused; each gets its own.
+    result: bytes = save({name: tensor.detach().clone().contiguous() for name, tensor in state.items()})
+    return result
 
 
 def _is_state(value: Any) -> bool:
@@ -133,13 +152,14 @@ def _load(path: Path) -> Any:
         raise IksError(
             f"{path}: expected a checkpoint, found {'a folder' if path.is_dir() else 'nothing'}: check the path"
         )
+    if path.suffix == ".iks":
+        raise IksError(f"{path}: expected a checkpoint, got a compact file: it is what `iks restore` is for")
     try:
+        if is_safetensors(path):
+            return _load_safetensors(path)
         data = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise IksError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if path.suffix in (".iks", ".safetensors"):
-        how = "it is what `iks restore` is for" if path.suffix == ".iks" else "read it with safetensors.torch.load_file"
-        raise IksError(f"{path}: expected a checkpoint that torch.save has written, got another kind of file: {how}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.1 warns of its own TypedStorage
@@ -149,6 +169,20 @@ def _load(path: Path) -> Any:
         raise IksError(
             f"{path}: expected a checkpoint that torch.save has written, got something else ({reason})"
         ) from None
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with open(path, "rb"):  # an error of the system's own, if any
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            if not is_compact(file.metadata()):
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except Exception as error:  # safetensors raises errors of its own, of the system and of Python's JSON
+        raise IksError(f"{path}: expected a safetensors file, got another kind or a damaged one ({error})") from None
+    raise IksError(f"{path}: expected a checkpoint, got a compact file by another name: rename it to *.iks")
 
 
 def _load_weights(data: io.BytesIO) -> Any:

@@ -182,10 +182,10 @@ class CompactFile:
 
     def _read_index(self, handle: Any) -> tuple[FileInfo, tuple[Entry, ...]]:
         metadata = handle.metadata() or {}
-        if _MARK not in metadata:
+        if not is_compact(metadata):
             raise IksError(
-                f"{self.path}: expected a compact file of iks-plugin, got another safetensors file: "
-                "such a file is read with safetensors.torch.load_file"
+                f"{self.path}: expected a compact file of iks-plugin, got another safetensors file: make one of it "
+                "with `iks export`, or read it with safetensors.torch.load_file"
             )
         version, _, checksum = metadata[_MARK].partition(" ")
         if version != str(_VERSION):
@@ -207,6 +207,11 @@ class CompactFile:
 
     def _damaged(self, part: str, fact: object) -> IksError:
         return IksError(f"{self.path}: {part}: {fact}. The file is damaged: copy it again, or export it anew")
+
+
+def is_compact(metadata: Mapping[str, str] | None) -> bool:
+    """Whether a safetensors file with this metadata is a compact file, of whatever version."""
+    return _MARK in (metadata or {})
 
 
 @contextmanager

@@ -363,9 +363,9 @@ def projected_weights(
 
 
 def _is_mean(layers: Collection[Gated]) -> bool:
-    """Whether they are of an average of models that were taken within `gates_applied`, which lets thresholds fall."""
+    """Whether they are, or hold, an average of models taken within `gates_applied`, which lets all thresholds fall."""
     fallen = (layer.threshold < max(layer._iks.threshold_init - 1, _IDLE + 1) for layer in layers)
-    return not controllers_of(layers) and all(bool(each.all()) for each in fallen)
+    return all(bool(each.all()) for each in fallen)
 
 
 def _warn_if_far(trained: int, met: int, zeros: int, goal: Goal) -> None:

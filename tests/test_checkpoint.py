@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import iks_plugin
 import toys
@@ -172,23 +173,67 @@ def test_a_key_where_there_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("m.iks", "it is what `iks restore` is for"), ("m.safetensors", "read it with safetensors.torch.load_file")],
+    [
+        ("m.iks", "it is what `iks restore` is for"),
+        ("m.safetensors", r"compact file by another name: rename it to \*.iks"),
+    ],
 )
-def test_other_kinds_of_files(tmp_path: Path, name: str, message: str) -> None:
+def test_compact_files(tmp_path: Path, name: str, message: str) -> None:
     iks_plugin.save(STATE, tmp_path / name)
     with pytest.raises(IksError, match=message):
         read_checkpoint(tmp_path / name)
 
 
-def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save(STATE, tmp_path / "c.pth")
+def test_a_safetensors_file_is_read_and_thresholds_are_applied(tmp_path: Path) -> None:
+    model = toys.plain_sr()
+    iks_plugin.sparsify(model, 0.5)
+    toys.spread_thresholds(model)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    with iks_plugin.gates_applied(model):
+        gated = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("threshold")}
+        assert toys.states_equal(checkpoint.state, gated)
+    assert (checkpoint.key, checkpoint.gated) == (None, 2)
+    with pytest.raises(IksError, match="the checkpoint is a state dict by itself, so leave --key out"):
+        read_checkpoint(tmp_path / "model.safetensors", key="params")
 
-    def refuse(_: Path) -> bytes:
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\xff" * 8 + b"{}"], ids=["empty", "text", "a huge header"])
+def test_files_that_are_no_safetensors(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(IksError, match="expected a safetensors file, got another kind or a damaged one") as raised:
+        read_checkpoint(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_safetensors_file_without_tensors(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(IksError, match="expected a state dict in the checkpoint, got none: it holds none"):
+        read_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_a_truncated_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_checkpoint(path, STATE, None)
+    content = path.read_bytes()
+    for size in (10, len(content) // 2, len(content) - 10):
+        path.write_bytes(content[:size])
+        with pytest.raises(IksError, match="a damaged one"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["c.pth", "c.safetensors"])
+def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write_checkpoint(tmp_path / name, STATE, None)
+
+    def refuse(*_: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(IksError, match=r"cannot be read \(Permission denied\)"):
-        read_checkpoint(tmp_path / "c.pth")
+        read_checkpoint(tmp_path / name)
 
 
 def test_a_truncated_checkpoint(tmp_path: Path) -> None:
@@ -208,18 +253,26 @@ def test_what_is_written_is_read(tmp_path: Path, key: str | None) -> None:
     assert toys.states_equal(dict(content if key is None else content[key]), STATE)
 
 
-def test_the_same_state_gives_the_same_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["c.pth", "c.safetensors"])
+def test_the_same_state_gives_the_same_file(tmp_path: Path, name: str) -> None:
     files = set()
     for _ in range(3):
-        write_checkpoint(tmp_path / "c.pth", STATE, "params")
-        files.add((tmp_path / "c.pth").read_bytes())
+        write_checkpoint(tmp_path / name, STATE, "params")
+        files.add((tmp_path / name).read_bytes())
     assert len(files) == 1
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_a_safetensors_file_is_written_with_tensors_that_share_memory(tmp_path: Path) -> None:
+    state = {"a": STATE["conv.weight"], "b": STATE["conv.weight"], "c": STATE["conv.weight"].T}
+    write_checkpoint(tmp_path / "c.safetensors", state, None)
+    assert toys.states_equal(load_file(tmp_path / "c.safetensors"), state)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_cannot_be_written(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(IksError, match="cannot be written .* What was there before is unchanged"):
-        write_checkpoint(tmp_path / "no" / "c.pth", STATE, None)
-    (tmp_path / "folder.pth").mkdir()
+        write_checkpoint(tmp_path / "no" / f"c{suffix}", STATE, None)
+    (tmp_path / f"folder{suffix}").mkdir()
     with pytest.raises(IksError, match="cannot be written"):
-        write_checkpoint(tmp_path / "folder.pth", STATE, None)
-    assert os.listdir(tmp_path) == ["folder.pth"]
+        write_checkpoint(tmp_path / f"folder{suffix}", STATE, None)
+    assert os.listdir(tmp_path) == [f"folder{suffix}"]

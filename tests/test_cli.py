@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import iks_plugin
 import toys
@@ -202,6 +203,17 @@ def test_export_inspect_restore(checkpoint: Path, capsys: pytest.CaptureFixture[
     assert toys.states_equal(dict(state), {f"generator.{name}": tensor for name, tensor in expected.items()})
     assert main(["restore", str(compact), str(restored), "--key", ""]) == 0
     assert toys.states_equal(dict(torch.load(restored, weights_only=True)), dict(expected))
+
+
+def test_restore_to_safetensors(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compact, restored = str(checkpoint.with_suffix(".iks")), str(checkpoint.with_name("net.safetensors"))
+    assert main(["export", str(checkpoint), compact]) == 0
+    assert main(["restore", compact, restored, "--key", "params"]) == WRONG_USE
+    assert "--key params: a safetensors file has no keys: leave it out, or write a .pth" in capsys.readouterr().err
+    assert not Path(restored).exists()
+    assert main(["restore", compact, restored]) == 0
+    assert f"{compact} -> {restored}: 7 tensors, dense" in capsys.readouterr().out
+    assert toys.states_equal(load_file(restored), iks_plugin.load(compact))
 
 
 def test_export_of_narrower_values_and_of_another_key(checkpoint: Path) -> None:

@@ -372,7 +372,10 @@ def test_a_mean_of_gated_weights_is_finalized_without_a_warning_and_an_untrained
         with iks_plugin.gates_applied(model):
             mean.update_parameters(model)
     assert iks_plugin.report(mean).sparsity < 0.7
-    for averaged in (mean, model):
+    holds_the_mean = copy.deepcopy(model)
+    iks_plugin.sparsify(holds_the_mean, 0.8)  # with a controller, as the model in training has
+    holds_the_mean.load_state_dict(mean.module.state_dict())
+    for averaged in (mean, holds_the_mean, model):
         iks_plugin.finalize(averaged)
     with pytest.warns(iks_plugin.IksWarning, match="training ended at 0.0% zeros, and the target is 80.0%"):
         iks_plugin.finalize(untrained)
