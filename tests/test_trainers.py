@@ -19,7 +19,7 @@ DOCS = (Path(__file__).parent.parent / "docs" / "trainers.md").read_text()
 BATCHES, STEPS = 5, 20
 ZEROS = round(0.9 * 2 * 16 * 16 * 9)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|isinstance|litlogger|litmodels|cpu count).*")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|isinstance|dirpath has changed).*")
 
 
 def run(*markers: str) -> dict[str, Any]:
