@@ -101,7 +101,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], 
     try:
         with whole_file(path) as unfinished:
             if is_safetensors(path):
-                unfinished.write_bytes(_safetensors_bytes(state))
+                unfinished.write_bytes(_safetensors_bytes(path, state))
             else:
                 torch.save(OrderedDict(state) if key is None else {key: OrderedDict(state)}, unfinished)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeErrors where it cannot write
@@ -113,11 +113,16 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() == ".safetensors"
 
 
-def _safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
+def _safetensors_bytes(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
     # Tensors that share memory are refused; each gets its own.
-    result: bytes = save({name: tensor.detach().clone().contiguous() for name, tensor in state.items()})
+    apart = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    try:
+        result: bytes = save(apart)
+    except Exception as error:  # of a type that it does not know, a KeyError
+        types = ", ".join(sorted({str(tensor.dtype) for tensor in apart.values()}))
+        raise IksError(f"{os.fspath(path)}: safetensors cannot hold all of {types} ({error}): write a .pth") from error
     return result
 
 

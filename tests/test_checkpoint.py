@@ -268,6 +268,13 @@ def test_a_safetensors_file_is_written_with_tensors_that_share_memory(tmp_path: 
     assert toys.states_equal(load_file(tmp_path / "c.safetensors"), state)
 
 
+def test_a_type_that_safetensors_does_not_have(tmp_path: Path) -> None:
+    state = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.complex128)}
+    with pytest.raises(IksError, match=r"c\.safetensors: safetensors cannot hold all of .*complex128.*: write a \.pth"):
+        write_checkpoint(tmp_path / "c.safetensors", state, None)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_what_cannot_be_written(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(IksError, match="cannot be written .* What was there before is unchanged"):
