@@ -90,6 +90,11 @@ class CurvatureWatcher:
                 for name, (inputs, gradients, count) in unfinished.items()
             }
 
+    @staticmethod
+    def owns(hook: Any) -> bool:
+        """Whether a hook on all modules is that of a watcher, which has nothing to do with layers without gates."""
+        return isinstance(getattr(hook, "__self__", None), CurvatureWatcher)
+
     def found(self) -> dict[str, Curvature]:
         """What has been measured of each layer that took part; in a distributed training the mean over all of it."""
         found = {name: Curvature(inputs, gradients) for name, (inputs, gradients, _) in self._means.items()}

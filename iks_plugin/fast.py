@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import is_compiling
+from .curvature import CurvatureWatcher
 from .errors import warn_user
 from .program import UnexpectedInputError
 from .runtime import Packed, PackedWeight
@@ -323,7 +324,10 @@ def _is_plain_inference(model: nn.Module, image: Any) -> bool:
 
 
 def _global_hooks_are_set() -> bool:
-    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+    """Whether anybody looks at all modules, but for the law "obs", which looks at those in training alone."""
+    hooks = nn.modules.module._global_forward_hooks
+    everybodys = bool(hooks) and not all(CurvatureWatcher.owns(hook) for hook in hooks.values())
+    return everybodys or bool(nn.modules.module._global_forward_pre_hooks)
 
 
 def _autocasts() -> bool:

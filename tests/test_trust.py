@@ -541,6 +541,17 @@ def test_hooks_on_all_modules_see_each_image() -> None:
     assert {model.head, model.a, model.b, model.tail} <= set(seen)
 
 
+def test_streams_run_while_another_network_is_measured() -> None:
+    in_training = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    controller = iks_plugin.sparsify(in_training, 0.5, ramp_steps=2)
+    assert nn.modules.module._global_forward_hooks
+    model = iks_plugin.pack(network(lambda m, x: m.tail(body(m, x))))
+    with torch.no_grad():
+        model(torch.rand(1, 3, 24, 24))
+    assert "stream" in fast.paths(model).values()
+    controller.detach()
+
+
 @pytest.mark.parametrize("change", ["replace", "in place", "list", "dict"])
 def test_attributes_that_change_are_seen(change: str) -> None:
     model = network(lambda m, x: m.tail(body(m, x) * m.gain * m.gains[0] * m.named["gain"]))
