@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-DOCS = (Path(__file__).parent.parent / "docs" / "compact_files.md").read_text()
+from pages import block_after
 
-
-def snippet(marker: str) -> str:
-    found = re.search(rf"<!-- {marker} -->\n```python\n(.*?)```", DOCS, re.DOTALL)
-    assert found is not None
-    return found[1]
+PAGE = "docs/compact_files.md"
 
 
 @pytest.fixture
@@ -23,7 +18,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     with pytest.warns(UserWarning, match="training ended at"):  # the snippet does not train
-        exec(snippet("test"), names)
+        exec(block_after(PAGE, "test"), names)
     return names
 
 
@@ -37,7 +32,7 @@ def test_save_and_load(names: dict[str, object]) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx(names: dict[str, object]) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    exec(snippet("test: onnx"), names)
+    exec(block_after(PAGE, "test: onnx"), names)
     model = names["model"]
     assert isinstance(model, torch.nn.Sequential)
     session = onnxruntime.InferenceSession("sr.onnx")

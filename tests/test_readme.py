@@ -6,36 +6,29 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import iks_plugin
+from pages import ROOT, block_after
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-def block_after(marker: str) -> str:
-    found = re.search(re.escape(marker) + r"\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found[1]
 
 
 def test_the_snippet_runs_and_its_report_is_the_one_shown():
     names: dict[str, object] = {}
-    exec(block_after("<!-- test -->"), names)
-    assert str(iks_plugin.report(names["model"])).splitlines() == block_after("<!-- report -->").splitlines()
+    exec(block_after("README.md", "test"), names)
+    assert str(iks_plugin.report(names["model"])).splitlines() == block_after("README.md", "report").splitlines()
 
 
 def test_the_resume_snippet_goes_on_where_the_training_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole = block_after("<!-- test -->")
+    whole = block_after("README.md", "test")
     start, training = re.split(r"(?=for step)", whole.partition("iks_plugin.finalize")[0])
     first: dict[str, object] = {}
     exec(start + training, first)
-    save, resume = block_after("<!-- test: resume -->").split("# in the process that goes on")
+    save, resume = block_after("README.md", "test: resume").split("# in the process that goes on")
     exec(save, first)
     second: dict[str, object] = {}
     exec(start, second)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import iks_plugin
 import toys
 from iks_plugin.__main__ import main
+from pages import block_after
 
-DOCS = (Path(__file__).parent.parent / "docs" / "trainers.md").read_text()
 BATCHES, STEPS = 5, 20
 ZEROS = round(0.9 * 2 * 16 * 16 * 9)
 
@@ -25,9 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|isinstance|dirpat
 def run(*markers: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for marker in markers:
-        found = re.search(rf"<!-- test: {marker} -->\n```python\n(.*?)```", DOCS, re.DOTALL)
-        assert found is not None
-        exec(found[1], names)
+        exec(block_after("docs/trainers.md", f"test: {marker}"), names)
     return names
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -23,6 +21,7 @@ from iks_plugin.demo.edsr import EDSR
 from iks_plugin.receptive import COLUMNS, ROWS, Reach
 from iks_plugin.tiles import cuts
 from iks_plugin.upscale import Upscaler, upscale
+from pages import block_after
 
 # Tiles of tests are so small that they see the image many times over.
 pytestmark = pytest.mark.filterwarnings("ignore:the tiles see:iks_plugin.IksWarning")
@@ -536,8 +535,5 @@ def test_networks_of_basicsr(kind: str) -> None:
 
 
 def test_the_snippet_of_the_documentation() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "upscale.md").read_text()
-    found = re.search(r"<!-- test -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert found is not None
     with mock.patch.object(iks_plugin, "upscale", upscale):
-        exec(found[1], {})
+        exec(block_after("docs/upscale.md", "test"), {})
