@@ -35,7 +35,7 @@ training, held_out = photograph(data.stereo_motorcycle()[0]), photograph(data.as
 hidden = [layer for _ in range(4) for layer in (conv(48, 48), nn.ReLU())]
 model = nn.Sequential(conv(3, 48), nn.ReLU(), *hidden, conv(48, 12), nn.PixelShuffle(2))
 
-controller = iks_plugin.sparsify(model, 0.9, total_steps=STEPS)
+controller = iks_plugin.sparsify(model, 0.9, total_steps=STEPS, ramp_start=STEPS // 5)
 optimizer = torch.optim.Adam(controller.param_groups(lr=1e-3), lr=1e-3)
 for step in range(1, STEPS + 1):
     corners = torch.randint(training.shape[2] - PATCH, (8, 2)).tolist()

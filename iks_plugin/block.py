@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
-from .laws import schedule_of
+from .laws import DENSE_SHARE, schedule_of
 from .options import Options, check_options, did_you_mean, option_names
 from .quantize import VALUE_DTYPES, check_value_dtype
 from .selection import check_patterns, matching, names_of_layers, near_layers
@@ -33,12 +33,14 @@ class Block:
     options: dict[str, Any]
     export: str | None = None
 
-    def keywords(self, steps: int | None, length: str) -> dict[str, Any]:
+    def keywords(self, steps: int | None, length: str, *, from_scratch: bool) -> dict[str, Any]:
         """The keywords of `sparsify` for a training of `steps` optimizer steps.
 
         Args:
             steps: how many there are in the whole training; None if that is to be seen, and `schedule` follows.
             length: the framework's option that sets the length of a training, for messages.
+            from_scratch: whether the network has random weights: it is dense for the first fifth of the training then,
+                or as much of that as the ramp leaves, unless the block says otherwise.
 
         Raises:
             OptionError: they do not go together with that length, or with each other.
@@ -51,15 +53,19 @@ class Block:
             )
         keywords = {**self.options, "total_steps": wanted}
         check_options(**keywords)
+        if from_scratch and wanted is not None and self.options.get("law") != "paper":
+            room = wanted - self.options.get("ramp_steps", 1)
+            keywords.setdefault("ramp_start", min(round(DENSE_SHARE * wanted), room))
         return keywords
 
-    def schedule(self, steps: int, length: str) -> dict[str, int | None]:
+    def schedule(self, steps: int, length: str, *, from_scratch: bool) -> dict[str, int | None]:
         """What a controller's state says of the schedule for such a training; for one made before that was known.
 
         Raises:
             OptionError: as `keywords` does.
         """
-        return schedule_of(Options.check(**self.keywords(steps, length)).make_law())
+        keywords = self.keywords(steps, length, from_scratch=from_scratch)
+        return schedule_of(Options.check(**keywords).make_law())
 
 
 class Patterns:

@@ -314,6 +314,8 @@ class SparsityController:
                 "beside the model's and the optimizer's state"
             )
         own = self.state_dict()
+        if "ramp_start" not in state:  # saved when every ramp began at once
+            state = {**state, "ramp_start": None if own["ramp_start"] is None else 0}
         missing = sorted(own.keys() - state.keys())
         if missing:
             raise IksError(f"controller state expected the keys {sorted(own)}, got none for {missing}")
@@ -370,6 +372,7 @@ class SparsityController:
             "start_sparsity": lambda value: value is None or 0 <= value <= 1,
             "postponed_to": lambda value: value is None or (type(value) is int and value >= 1),
             "total_steps": lambda value: value is None or (type(value) is int and value >= 1),
+            "ramp_start": lambda value: type(value) is int and value >= 0 if has_ramp else value is None,
             "ramp_steps": lambda value: type(value) is int and value >= 1 if has_ramp else value is None,
             "interval": lambda value: type(value) is int and value >= 1,
         }

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 RAMP_SHARE = 0.6
-"""Share of `total_steps` that the ramp of the exact law takes where its length is not given."""
+"""Share of the steps from `ramp_start` on that the ramp of the exact law takes where its length is not given."""
+DENSE_SHARE = 0.2
+"""Share of its training after which a network from scratch had better begin to become sparse."""
 RAMP_STEPS = 1000
 """Length of that ramp where the length of the training is not given either."""
 EXACT_INTERVAL = 10
@@ -50,22 +52,35 @@ _ROUNDING = 2e-6
 
 @dataclass(frozen=True)
 class ExactLaw:
-    """Raise the sparsity along a cubic ramp over `ramp_steps`, then hold the target; act every `interval` steps."""
+    """Raise the sparsity along a cubic ramp, then hold the target; act every `interval` steps from the ramp's start on.
+
+    The ramp begins after `ramp_start` steps and is `ramp_steps` long.
+    """
 
     ramp_steps: int
     interval: int
     total_steps: int | None
+    ramp_start: int = 0
+
+    @property
+    def ramp_end(self) -> int:
+        """The step at which the target is met."""
+        return self.ramp_start + self.ramp_steps
 
     def acts_at(self, step: int) -> bool:
-        return step % self.interval == 0 or step in (self.ramp_steps, self.total_steps)
+        since = step - self.ramp_start
+        return since > 0 and (since % self.interval == 0 or step in (self.ramp_end, self.total_steps))
 
     def has_arrived(self, step: int) -> bool:
         """Whether the ramp is over at `step`, so that a new target may be taken up at once."""
-        return step >= self.ramp_steps
+        return step >= self.ramp_end
 
     def wanted(self, step: int, start: float, target: float) -> float:
-        """The sparsity at `step`: target + (start - target) * (1 - step / ramp_steps)^3 (Zhu & Gupta 2017, eq. 1)."""
-        left = max(0.0, 1 - step / self.ramp_steps)
+        """The sparsity at `step`: target + (start - target) * (1 - n / ramp_steps)^3 (Zhu & Gupta 2017, eq. 1).
+
+        n are the steps since `ramp_start`, at which it is `start`.
+        """
+        left = min(1.0, max(0.0, 1 - (step - self.ramp_start) / self.ramp_steps))
         return target + (min(start, target) - target) * left**3
 
 
@@ -76,7 +91,7 @@ class SurgeonLaw(ExactLaw):
     def measures_at(self, step: int) -> bool:
         """Whether the curvature is to be measured in the step after `step`: shortly before each action of the ramp."""
         ahead = range(step + 1, step + 1 + MEASURED_STEPS)
-        return any(self.acts_at(later) and later <= self.ramp_steps for later in ahead)
+        return any(self.acts_at(later) and later <= self.ramp_end for later in ahead)
 
     def score(self, magnitude: Tensor, sensitivity: Tensor) -> Tensor:
         """|w| * sqrt(s), the geometric mean of |w| and |w| * s. (|w| * s)^2 is what the loss grows by without w.
@@ -112,12 +127,18 @@ class PaperLaw:
 
 
 LAWS = ("exact", "obs", "paper")
-SCHEDULE = ("total_steps", "ramp_steps", "interval")
+SCHEDULE = ("total_steps", "ramp_start", "ramp_steps", "interval")
 """What a law holds; not every law has all of it."""
 
 
 def make_law(
-    name: str, *, total_steps: int | None, ramp_steps: int | None, epoch_steps: int | None, interval: int | None
+    name: str,
+    *,
+    total_steps: int | None,
+    ramp_start: int,
+    ramp_steps: int | None,
+    epoch_steps: int | None,
+    interval: int | None,
 ) -> ExactLaw | PaperLaw:
     """The law called `name` with the defaults filled in; all lengths are optimizer steps."""
     if name == "paper":
@@ -126,10 +147,10 @@ def make_law(
             interval = PAPER_EPOCHS * epoch_steps
         return PaperLaw(interval, total_steps)
     if ramp_steps is None:
-        ramp_steps = RAMP_STEPS if total_steps is None else max(1, round(RAMP_SHARE * total_steps))
+        ramp_steps = RAMP_STEPS if total_steps is None else max(1, round(RAMP_SHARE * (total_steps - ramp_start)))
     if name == "obs":
-        return SurgeonLaw(ramp_steps, interval or max(1, ramp_steps // SURGEON_ACTIONS), total_steps)
-    return ExactLaw(ramp_steps, interval or EXACT_INTERVAL, total_steps)
+        return SurgeonLaw(ramp_steps, interval or max(1, ramp_steps // SURGEON_ACTIONS), total_steps, ramp_start)
+    return ExactLaw(ramp_steps, interval or EXACT_INTERVAL, total_steps, ramp_start)
 
 
 def schedule_of(law: ExactLaw | PaperLaw) -> dict[str, int | None]:

@@ -30,6 +30,7 @@ class Options:
     granularity: str
     law: str
     total_steps: int | None
+    ramp_start: int
     ramp_steps: int | None
     epoch_steps: int | None
     interval: int | None
@@ -47,6 +48,7 @@ class Options:
         granularity: Any = "weight",
         law: Any = None,
         total_steps: Any = None,
+        ramp_start: Any = 0,
         ramp_steps: Any = None,
         epoch_steps: Any = None,
         interval: Any = None,
@@ -61,10 +63,11 @@ class Options:
         law = default_law(granularity) if law is None else law
         _check_choice("law", law, tuple(LAWS))
         if law == "paper":
-            if ramp_steps is not None:
-                raise OptionError(
-                    "law='paper' has no ramp, and ramp_steps belongs to law='exact' and 'obs': leave it out"
-                )
+            for name, value in (("ramp_start", ramp_start or None), ("ramp_steps", ramp_steps)):
+                if value is not None:
+                    raise OptionError(
+                        f"law='paper' has no ramp, and {name} belongs to law='exact' and 'obs': leave it out"
+                    )
             if epoch_steps is None and interval is None:
                 raise OptionError(
                     "law='paper' acts every 10 epochs and must know their length: "
@@ -78,7 +81,7 @@ class Options:
                 "leave one of them out"
             )
         counts = {
-            name: _check_count(name, value)
+            name: None if value is None else _check_count(name, value)
             for name, value in (
                 ("total_steps", total_steps),
                 ("ramp_steps", ramp_steps),
@@ -92,10 +95,15 @@ class Options:
                 f"law='paper' acts every {pause} steps, and not in the last {pause}: it would never act within "
                 f"total_steps={total_steps}. Train for {2 * pause} steps at least, or give a shorter interval"
             )
-        if total_steps is not None and ramp_steps is not None and ramp_steps > total_steps:
+        start = _check_count("ramp_start", ramp_start, least=0)
+        if total_steps is not None and start >= total_steps:
             raise OptionError(
-                f"ramp_steps must be at most total_steps ({total_steps}), got {ramp_steps}: "
-                "the target would not be reached within the training"
+                f"ramp_start must be less than total_steps ({total_steps}), got {start}: the sparsity would never rise"
+            )
+        if total_steps is not None and ramp_steps is not None and start + ramp_steps > total_steps:
+            raise OptionError(
+                f"{'ramp_start + ' if start else ''}ramp_steps must be at most total_steps ({total_steps}), got "
+                f"{start + ramp_steps}: the target would not be reached within the training"
             )
         return Options(
             target_sparsity=None if target_sparsity is None else check_sparsity(target_sparsity),
@@ -106,6 +114,7 @@ class Options:
             granularity=granularity,
             law=law,
             threshold_init=_check_threshold_init(threshold_init),
+            ramp_start=start,
             **counts,
         )
 
@@ -114,6 +123,7 @@ class Options:
         return make_law(
             self.law,
             total_steps=self.total_steps,
+            ramp_start=self.ramp_start,
             ramp_steps=self.ramp_steps,
             epoch_steps=self.epoch_steps,
             interval=self.interval,
@@ -223,11 +233,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise OptionError(f"{name} must be one of {listed}, got {value!r}{hint}")
 
 
-def _check_count(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise OptionError(f"{name} must be a number of optimizer steps, a whole number of at least 1, got {value!r}")
+def _check_count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise OptionError(
+            f"{name} must be a number of optimizer steps, a whole number of at least {least}, got {value!r}"
+        )
     return int(value)
 
 

@@ -53,6 +53,18 @@ def aim_anew(controller: SparsityController, saved: Mapping[str, Any]) -> None:
         controller.aim_when_measured()
 
 
+def ramp_end(controller: SparsityController) -> int | None:
+    """The step at which the target is reached; None for a law without a ramp."""
+    state = controller.state_dict()
+    return None if state["ramp_steps"] is None else int(state["ramp_start"] + state["ramp_steps"])
+
+
+def rise_of(controller: SparsityController) -> str | None:
+    """What a log is to tell of the ramp, a sentence without a full stop; None for a law without one."""
+    start, end = controller.state_dict()["ramp_start"], ramp_end(controller)
+    return None if end is None else f"the sparsity rises from step {start} of the optimizer to step {end}"
+
+
 def beside_validation(reached: float, validated: float) -> str:
     """What to add to the log of a validation: nothing where training is as far as what was validated."""
     if abs(reached - validated) <= FAR:

@@ -61,6 +61,7 @@ def sparsify(
     granularity: str = "weight",
     law: str | None = None,
     total_steps: int | None = None,
+    ramp_start: int = 0,
     ramp_steps: int | None = None,
     epoch_steps: int | None = None,
     interval: int | None = None,
@@ -95,6 +96,9 @@ def sparsify(
             magnitude, with any granularity. "paper" is the published law. Default: "obs", and "exact" where thresholds
             are shared.
         total_steps: optimizer steps of the whole training, counted from now. The ramp then takes 60 % of them.
+        ramp_start: laws "exact" and "obs": steps before the ramp begins. A network that is trained from scratch loses
+            less if it is dense for a fifth of `total_steps`; one that is trained already needs none. The ramp then
+            takes 60 % of the others.
         ramp_steps: laws "exact" and "obs": length of the ramp in steps; default 1000 where `total_steps` is not given.
         epoch_steps: law "paper": optimizer steps of one epoch.
         interval: steps between two actions of the law; default 10 ("exact"), a 25th of the ramp ("obs") or 10 epochs
@@ -118,6 +122,7 @@ def sparsify(
         granularity=granularity,
         law=law,
         total_steps=total_steps,
+        ramp_start=ramp_start,
         ramp_steps=ramp_steps,
         epoch_steps=epoch_steps,
         interval=interval,

@@ -199,6 +199,7 @@ def psnr_in(log: str) -> float:
 def test_the_log_tells_the_sparsity_everywhere(tmp_path):
     opt = prepared(tmp_path, "SRModel")
     opt["train"].update(total_iter=100)
+    opt["iks"]["ramp_start"] = 0
     opt["logger"].update(print_freq=10, use_tb_logger=True)
     opt["val"].update(val_freq=20)
     log = toys.train(opt, tmp_path)
@@ -485,6 +486,28 @@ def test_an_ema_copy_that_is_new_starts_as_the_network(tmp_path):
     assert average["body.0.conv1.threshold"].max() < -50  # it takes nothing off the mean
 
 
+def test_a_network_with_weights_becomes_sparse_at_once(tmp_path):
+    opt = prepared(tmp_path, "SRModel, no EMA")
+    del opt["iks"]
+    toys.train(opt, tmp_path)
+    dense = tmp_path / "dense.pth"
+    shutil.move(tmp_path / "experiments" / "run" / "models" / "net_g_latest.pth", dense)
+    for block, path, ramp in (
+        ({}, None, (4, 10)),
+        ({"ramp_start": 0}, None, (0, 12)),
+        ({}, dense, (0, 12)),
+        ({"ramp_start": 5, "ramp_steps": 6}, dense, (5, 6)),
+    ):
+        shutil.rmtree(tmp_path / "experiments")  # BasicSR would rename the folder, to one name within a second
+        opt["iks"] = {"target_sparsity": 0.9, **block}
+        opt["path"]["pretrain_network_g"] = path and str(path)
+        log = toys.train(opt, tmp_path)
+        state = toys.saved(tmp_path, "20.state", "training_states")["iks"]["networks"]["net_g"]["controller"]
+        assert (state["ramp_start"], state["ramp_steps"]) == ramp
+        assert f"iks: network_g: the sparsity rises from step {ramp[0]} of the optimizer to step {sum(ramp)}" in log
+        assert ("it trains from scratch, without path: pretrain_network_g" in log) == (block == {} and path is None)
+
+
 def test_a_resume_that_ends_before_the_ramp_is_warned_of(tmp_path):
     opt = prepared(tmp_path, "SRModel")
     opt["train"]["total_iter"] = 40
@@ -494,7 +517,7 @@ def test_a_resume_that_ends_before_the_ramp_is_warned_of(tmp_path):
         path.unlink()
     opt["train"]["total_iter"] = 15
     log = toys.train(opt, tmp_path, "--auto_resume")
-    assert "raise the sparsity until step 24, and train: total_iter ends it at step 15" in log
+    assert "raise the sparsity until step 27, and train: total_iter ends it at step 15" in log
     assert "WARNING: iks: network_g: training ended at" in log and "the files have the target's 90.0%" in log
 
 
@@ -715,7 +738,7 @@ def test_a_schedule_that_is_given_anew_replaces_that_of_the_state(tmp_path):
     opt["iks"]["ramp_steps"] = 25
     opt["train"]["total_iter"] = 30
     log = toys.train(opt, tmp_path, "--auto_resume")
-    assert "iks: net_g: by the option file, ramp_steps is 25 from now on, and no longer 12" in log
+    assert "iks: net_g: by the option file, ramp_steps is 25 from now on, and no longer 10" in log
     assert "iks: network_g: resumed after 20 steps, at a sparsity of 0.9" in log
     controller = toys.saved(tmp_path, "30.state", "training_states")["iks"]["networks"]["net_g"]["controller"]
     assert controller["ramp_steps"] == 25 and controller["total_steps"] == 30

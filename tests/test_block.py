@@ -1,4 +1,7 @@
-"""The block of the adapters: what several networks make of its patterns. Its options are in the adapters' own tests."""
+"""The block of the adapters: its schedule, and what several networks make of its patterns.
+
+Its other options are in the adapters' own tests.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import nn
 
 import iks_plugin
 from iks_plugin import OptionError
-from iks_plugin.block import Patterns
+from iks_plugin.block import Patterns, parse_block
 
 
 def networks() -> dict[str, nn.Module]:
@@ -87,3 +90,36 @@ def test_a_network_that_is_built_again_gets_the_same():
 def test_a_single_network_takes_its_options_as_they_are():
     keywords = {"target_sparsity": 0.5, "include": "nothing"}
     assert Patterns(["generator"]).keywords_for("generator", nn.Conv2d(8, 8, 3), keywords) is keywords
+
+
+@pytest.mark.parametrize(
+    ("options", "from_scratch", "ramp"),
+    [
+        ({}, False, (0, 600)),
+        ({}, True, (200, 480)),
+        ({"ramp_start": 0}, True, (0, 600)),
+        ({"ramp_start": 100}, False, (100, 540)),
+        ({"ramp_steps": 300}, True, (200, 300)),
+        ({"ramp_steps": 900}, True, (100, 900)),
+        ({"ramp_steps": 1000}, True, (0, 1000)),
+        ({"total_steps": 500}, True, (100, 240)),
+        ({"law": "exact"}, True, (200, 480)),
+        ({"law": "paper", "epoch_steps": 10}, True, (None, None)),
+    ],
+)
+def test_a_network_from_scratch_is_dense_at_first(options, from_scratch, ramp):
+    block = parse_block({"target_sparsity": 0.9, **options}, network="network_g", example="")
+    schedule = block.schedule(1000, "total_iter", from_scratch=from_scratch)
+    assert (schedule["ramp_start"], schedule["ramp_steps"]) == ramp
+
+
+def test_a_schedule_that_is_to_be_seen_has_no_start_yet():
+    block = parse_block(0.9, network="generator", example="")
+    assert "ramp_start" not in block.keywords(None, "max_epochs", from_scratch=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_the_shortest_trainings_have_a_ramp(steps):
+    block = parse_block(0.9, network="network_g", example="")
+    schedule = block.schedule(steps, "total_iter", from_scratch=True)
+    assert 1 <= schedule["ramp_start"] + schedule["ramp_steps"] <= steps

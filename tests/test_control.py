@@ -126,6 +126,7 @@ def test_a_loaded_state_brings_its_target_and_schedule():
         ({"version": 99}, "version expected 1, got 99"),
         ({"target_sparsity": 80}, "target_sparsity in the controller state must be a number in .*did you mean 0.8"),
         ({"steps": None}, "steps has the impossible value None: the state is damaged"),
+        ({"ramp_start": None}, "ramp_start has the impossible value None: the state is damaged"),
         ({"ramp_steps": "x"}, "ramp_steps has the impossible value 'x': the state is damaged"),
         ({"interval": 0}, "interval has the impossible value 0"),
         ({"postponed_to": 0}, "postponed_to has the impossible value 0"),
@@ -156,6 +157,15 @@ def test_a_state_of_an_earlier_time_or_another_schedule_loads():
     assert controller.state_dict() == early
     controller.load_state_dict({**early, "total_steps": None, "ramp_steps": 7, "start_sparsity": 0.25, "steps": 3})
     assert controller.steps == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"law": "exact"}, {"law": "paper", "epoch_steps": 1}])
+def test_a_state_from_before_ramps_could_start_late_loads(options):
+    controller = iks_plugin.sparsify(toys.plain_sr(), 0.5, total_steps=40, **options)
+    state = controller.state_dict()
+    before = {key: value for key, value in state.items() if key != "ramp_start"}
+    controller.load_state_dict(before)
+    assert controller.state_dict() == state
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

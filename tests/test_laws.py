@@ -12,7 +12,7 @@ from iks_plugin.gate import soft_threshold
 
 
 def exact(**given_options: int | None) -> laws.ExactLaw:
-    options = dict(total_steps=None, ramp_steps=None, epoch_steps=None, interval=None)
+    options = dict(total_steps=None, ramp_start=0, ramp_steps=None, epoch_steps=None, interval=None)
     law = laws.make_law("exact", **{**options, **given_options})
     assert isinstance(law, laws.ExactLaw)
     return law
@@ -20,7 +20,15 @@ def exact(**given_options: int | None) -> laws.ExactLaw:
 
 @pytest.mark.parametrize(
     ("options", "ramp"),
-    [({}, 1000), ({"total_steps": 500}, 300), ({"total_steps": 500, "ramp_steps": 20}, 20), ({"total_steps": 1}, 1)],
+    [
+        ({}, 1000),
+        ({"total_steps": 500}, 300),
+        ({"total_steps": 500, "ramp_steps": 20}, 20),
+        ({"total_steps": 500, "ramp_start": 100}, 240),
+        ({"ramp_start": 100}, 1000),
+        ({"total_steps": 1}, 1),
+        ({"total_steps": 9, "ramp_start": 8}, 1),
+    ],
 )
 def test_length_of_the_ramp(options, ramp):
     assert exact(**options).ramp_steps == ramp
@@ -34,13 +42,29 @@ def test_the_ramp_is_cubic_and_then_holds():
     assert law.wanted(1, 0.95, 0.9) == 0.9
 
 
+def test_a_ramp_that_starts_late_is_the_same_later():
+    law, late = exact(ramp_steps=100, interval=7), exact(ramp_steps=100, interval=7, ramp_start=30)
+    for step in range(1, 200):
+        assert late.wanted(step + 30, 0.1, 0.9) == law.wanted(step, 0.1, 0.9)
+        assert late.acts_at(step + 30) == law.acts_at(step)
+        assert late.has_arrived(step + 30) == law.has_arrived(step)
+    assert [late.wanted(step, 0.1, 0.9) for step in (0, 15, 30)] == pytest.approx([0.1] * 3)
+    assert not any(late.acts_at(step) for step in range(31))
+
+
+def test_the_law_obs_measures_before_the_actions_of_its_ramp_alone():
+    law = laws.make_law("obs", total_steps=200, ramp_start=50, ramp_steps=60, epoch_steps=None, interval=30)
+    measured = [step for step in range(200) if law.measures_at(step)]
+    assert measured == [*range(80 - laws.MEASURED_STEPS, 80), *range(110 - laws.MEASURED_STEPS, 110)]
+
+
 def test_when_the_exact_law_acts():
     law = exact(ramp_steps=25, interval=10, total_steps=47)
     assert [step for step in range(1, 60) if law.acts_at(step)] == [10, 20, 25, 30, 40, 47, 50]
 
 
 def test_when_the_paper_law_acts():
-    law = laws.make_law("paper", total_steps=100, ramp_steps=None, epoch_steps=2, interval=None)
+    law = laws.make_law("paper", total_steps=100, ramp_start=0, ramp_steps=None, epoch_steps=2, interval=None)
     assert [step for step in range(1, 101) if law.acts_at(step)] == [20, 40, 60, 80]
 
 

@@ -108,7 +108,33 @@ def test_epochs_count_as_their_steps(max_epochs, batch_size, accumulated, steps,
     toys.run(toys.write_config(tmp_path, more=toys.epochs(max_epochs, batch_size, accumulated)))
     controller = toys.saved(tmp_path, f"epoch_{max_epochs}.pth")["iks"]["controllers"]["generator"]
     assert controller["total_steps"] == controller["steps"] == steps
-    assert controller["ramp_steps"] == round(0.6 * steps)
+    dense = round(0.2 * steps)
+    assert controller["ramp_start"] == dense and controller["ramp_steps"] == round(0.6 * (steps - dense))
+    log = next((tmp_path / "work").glob("*/*.log")).read_text()
+    rise = (
+        f"rises from step {dense} of the optimizer to step {dense + controller['ramp_steps']} (it trains from scratch"
+    )
+    assert log.count(rise) == log.count("the sparsity rises") == 1
+
+
+def test_a_network_with_weights_becomes_sparse_at_once(tmp_path):
+    write_images(tmp_path, 4)
+    toys.run(toys.write_config(tmp_path, None))
+    dense = tmp_path / "dense.pth"
+    shutil.copy(tmp_path / "work" / "iter_20.pth", dense)
+    initialised = f'model = dict(init_cfg=dict(type="Pretrained", checkpoint=r"{dense}"))'
+    for iks, more, ramp in (
+        ("0.9", "", (4, 10)),
+        ("dict(target_sparsity=0.9, ramp_start=0)", "", (0, 12)),
+        ("0.9", f'load_from = r"{dense}"', (0, 12)),
+        ("0.9", initialised, (0, 12)),
+    ):
+        toys.run(toys.write_config(tmp_path, iks, more))
+        controller = toys.saved(tmp_path, "iter_20.pth")["iks"]["controllers"]["generator"]
+        assert (controller["ramp_start"], controller["ramp_steps"]) == ramp
+        log = toys.log_of(tmp_path)
+        assert f"rises from step {ramp[0]} of the optimizer to step {sum(ramp)}" in log
+        assert ("it trains from scratch, without load_from" in log) == (ramp[0] > 0)
 
 
 def test_a_schedule_longer_than_the_epochs_is_refused(tmp_path):
@@ -209,7 +235,7 @@ def test_a_new_target_in_the_config_replaces_that_of_the_checkpoint(tmp_path):
 def test_a_new_schedule_in_the_config_replaces_that_of_the_checkpoint(tmp_path):
     trained(tmp_path, "dict(target_sparsity=0.9, ramp_steps=20)")
     (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_10.pth"))
-    toys.run(toys.write_config(tmp_path, "dict(target_sparsity=0.9, ramp_steps=14)"), resume=True)
+    toys.run(toys.write_config(tmp_path, "dict(target_sparsity=0.9, ramp_start=0, ramp_steps=14)"), resume=True)
     log = toys.log_of(tmp_path)
     assert "by the config, ramp_steps is 14 from now on, and no longer 20" in log
     assert re.search(r"Iter\(train\) \[15/20\].*sparsity: 0.9000", log)

@@ -215,7 +215,7 @@ def test_sparsity_is_in_every_log(tmp_path):
         'visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])\n'
         "train_cfg = dict(max_iters=100, val_interval=20)"
     )
-    toys.run(toys.write_config(tmp_path, more=more))
+    toys.run(toys.write_config(tmp_path, "dict(target_sparsity=0.9, ramp_start=0)", more))
     log = toys.log_of(tmp_path)
     reached = [float(value) for value in re.findall(r"Iter\(train\).*sparsity: (\S+)", log)]
     assert reached[1::2] == sorted(reached[1::2]) and reached[-1] == 0.9 and 0.3 < reached[2] < 0.9

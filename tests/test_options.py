@@ -56,6 +56,22 @@ WRONG = {
         dict(target_sparsity=0.8, ramp_steps=10.0),
         "ramp_steps must be a number of optimizer steps.*got 10.0",
     ),
+    "ramp that starts before the training": (
+        dict(target_sparsity=0.8, ramp_start=-1),
+        "ramp_start must be a number of optimizer steps, a whole number of at least 0, got -1",
+    ),
+    "ramp that starts at the end": (
+        dict(target_sparsity=0.8, total_steps=5, ramp_start=5),
+        r"ramp_start must be less than total_steps \(5\), got 5: the sparsity would never rise",
+    ),
+    "late and long ramp": (
+        dict(target_sparsity=0.8, total_steps=5, ramp_start=3, ramp_steps=3),
+        r"ramp_start \+ ramp_steps must be at most total_steps \(5\), got 6",
+    ),
+    "late ramp for paper": (
+        dict(target_sparsity=0.8, law="paper", epoch_steps=1, ramp_start=1),
+        "law='paper' has no ramp, and ramp_start belongs to law='exact' and 'obs'",
+    ),
     "long ramp": (
         dict(target_sparsity=0.8, total_steps=5, ramp_steps=6),
         r"ramp_steps must be at most total_steps \(5\), got 6",

@@ -38,7 +38,13 @@ def read_block(opt: Mapping[str, Any], where: str = "the option file") -> Block 
 
 def keywords(block: Block, network: str, opt: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `sparsify` for `network`, with the length of its training out of the `train:` block."""
-    return block.keywords(optimizer_steps(network, opt), "train: total_iter")
+    steps = optimizer_steps(network, opt)
+    return block.keywords(steps, "train: total_iter", from_scratch=is_from_scratch(network, opt))
+
+
+def is_from_scratch(network: str, opt: Mapping[str, Any]) -> bool:
+    """Whether the options name no file that `network` gets its first weights from."""
+    return not (opt.get("path") or {}).get(f"pretrain_{network}")
 
 
 def optimizer_steps(network: str, opt: Mapping[str, Any]) -> int:

@@ -41,10 +41,12 @@ class Networks:
     Args:
         model: a BasicSR model that has not built its networks yet.
         block: its `iks:` block.
-        tell: called with the report of each network that is the first of its kind.
+        tell: called with the report and controller of each network that is the first of its kind.
     """
 
-    def __init__(self, model: Any, block: Block, tell: Callable[[str, iks_plugin.Report], None]) -> None:
+    def __init__(
+        self, model: Any, block: Block, tell: Callable[[str, iks_plugin.Report, SparsityController], None]
+    ) -> None:
         self._model = model
         self._block = block
         self._tell = tell
@@ -70,7 +72,7 @@ class Networks:
         except IksError as error:
             raise type(error)(f"block iks, {key} ({type(net).__name__}): {error}") from None
         if not self._built[key]:
-            self._tell(key, iks_plugin.report(net))
+            self._tell(key, iks_plugin.report(net), controller)
         self._built[key].append((weakref.ref(net), controller))
         return net
 

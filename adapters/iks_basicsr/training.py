@@ -22,9 +22,9 @@ from iks_plugin.block import Block
 from iks_plugin.export import export_beside, refuse_compact
 from iks_plugin.files import remove_unfinished
 from iks_plugin.optimizers import groups_without_decay
-from iks_plugin.progress import aim_anew, beside_validation, changes, fault_at_end, resumed_state
+from iks_plugin.progress import aim_anew, beside_validation, changes, fault_at_end, ramp_end, resumed_state, rise_of
 
-from .block import optimizer_steps
+from .block import is_from_scratch, optimizer_steps
 from .export import preferred
 from .files import whole_files
 from .networks import Networks
@@ -176,7 +176,7 @@ class SparseTraining:
 
     def _warn_of_a_short_rest(self) -> None:
         for key, _, controller in self._networks.trained():
-            end, ramp = optimizer_steps(key, self._model.opt), controller.state_dict()["ramp_steps"]
+            end, ramp = optimizer_steps(key, self._model.opt), ramp_end(controller)
             if ramp is not None and end < ramp:
                 self._warn(
                     f"iks: {key}: the resumed training is to raise the sparsity until step {ramp}, and train: "
@@ -299,12 +299,17 @@ class SparseTraining:
 
     # Telling
 
-    def _tell_layers(self, key: str, report: iks_plugin.Report) -> None:
+    def _tell_layers(self, key: str, report: iks_plugin.Report, controller: SparsityController) -> None:
         rewritten = sum(layer.rewritten for layer in report.layers)
         self._log(
             f"iks: {key}: {rewritten} of {len(report.layers)} layers are rewritten; of their {report.weights:,} "
             f"weights {report.target_sparsity:.2%} become zero.\n{report}"
         )
+        rise = rise_of(controller)
+        if rise is not None:
+            waits = is_from_scratch(key, self._model.opt) and "ramp_start" not in self._block.options
+            why = f" (it trains from scratch, without path: pretrain_{key}; ramp_start: 0 lets it rise at once)"
+            self._log(f"iks: {key}: {rise}{why if waits else ''}")
 
     def _warn_of_few_steps(self, iterations: int) -> None:
         """The ramp is laid out for as many steps as BasicSR's own models make: others may make fewer."""

@@ -1,4 +1,4 @@
-"""How many steps the optimizer of a network makes in the whole training that a config describes."""
+"""What a config says of a training: how many steps the optimizer of a network makes, and from which weights."""
 
 from __future__ import annotations
 
@@ -61,3 +61,11 @@ def _accumulated(optim_wrapper: Any, network: str) -> int:
     if isinstance(optim_wrapper, dict):
         return int(optim_wrapper.get("accumulative_counts", 1))
     return int(getattr(optim_wrapper, "_accumulative_counts", 1))
+
+
+def is_from_scratch(runner: Any, model: nn.Module, network: nn.Module) -> bool:
+    """Whether the config names no checkpoint that the `network` of `model` gets its first weights from."""
+    given = [getattr(module, "init_cfg", None) for module in (model, network)]
+    initialisers = [each for one in given for each in (one if isinstance(one, list) else [one])]
+    pretrained = any(isinstance(each, dict) and "Pretrained" in str(each.get("type")) for each in initialisers)
+    return runner._load_from is None and not pretrained

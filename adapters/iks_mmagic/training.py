@@ -20,12 +20,12 @@ import iks_plugin
 from iks_plugin import IksError, OptionError, SparsityController
 from iks_plugin.block import Block, Patterns
 from iks_plugin.optimizers import groups_without_decay
-from iks_plugin.progress import aim_anew, beside_validation, changes, fault_at_end, resumed_state
+from iks_plugin.progress import aim_anew, beside_validation, changes, fault_at_end, resumed_state, rise_of
 
 from . import checkpoints, compat
 from .export import CompactFiles
 from .hooks import FirstHook, LastHook
-from .schedule import iterations_of, optimizer_steps
+from .schedule import is_from_scratch, iterations_of, optimizer_steps
 
 
 class SparseTraining:
@@ -56,7 +56,10 @@ class SparseTraining:
             name: None if iterations is None else optimizer_steps(runner, model, name, iterations) for name in networks
         }
         try:
-            keywords = {name: block.keywords(steps[name], "train_cfg") for name in networks}
+            keywords = {
+                name: block.keywords(steps[name], "train_cfg", from_scratch=is_from_scratch(runner, model, network))
+                for name, network in networks.items()
+            }
         except OptionError as error:
             raise OptionError(f"config key iks: {error}") from None
         _initialise_now(runner, model)
@@ -69,6 +72,8 @@ class SparseTraining:
             except IksError as error:
                 raise type(error)(f"config key iks, {name} ({type(network).__name__}): {error}") from None
             self._tell_layers(name, network)
+            if steps[name] is not None:
+                self._tell_ramp(name)
             _copy_anew(model, name, network)
         self._unscheduled = [name for name in networks if steps[name] is None]
         runner.build_train_loop = partial(self._build_train_loop, runner.build_train_loop)
@@ -85,10 +90,12 @@ class SparseTraining:
             controller = self._controllers[name]
             steps = optimizer_steps(self._runner, self._model, name, int(built.max_iters))
             try:
-                schedule = self._block.schedule(steps, "train_cfg")
+                from_scratch = is_from_scratch(self._runner, self._model, _find(self._model, name))
+                schedule = self._block.schedule(steps, "train_cfg", from_scratch=from_scratch)
             except OptionError as error:
                 raise OptionError(f"config key iks: {error}") from None
             controller.load_state_dict({**controller.state_dict(), **schedule})
+            self._tell_ramp(name)
         self._unscheduled.clear()
         return built
 
@@ -252,6 +259,14 @@ class SparseTraining:
             f"iks: {name}: {rewritten} of {len(report.layers)} layers are rewritten; of their {report.weights:,} "
             f"weights {report.target_sparsity:.2%} become zero.\n{report}"
         )
+
+    def _tell_ramp(self, name: str) -> None:
+        rise = rise_of(self._controllers[name])
+        if rise is not None:
+            from_scratch = is_from_scratch(self._runner, self._model, _find(self._model, name))
+            waits = from_scratch and "ramp_start" not in self._block.options
+            why = " (it trains from scratch, without load_from; ramp_start=0 lets it rise at once)"
+            self._runner.logger.info(f"iks: {name}: {rise}{why if waits else ''}")
 
 
 def _ema_hooks() -> tuple[type, ...]:
