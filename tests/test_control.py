@@ -161,7 +161,8 @@ def test_a_state_of_an_earlier_time_or_another_schedule_loads():
 
 @pytest.mark.parametrize("options", [{}, {"law": "exact"}, {"law": "paper", "epoch_steps": 1}])
 def test_a_state_from_before_ramps_could_start_late_loads(options):
-    controller = iks_plugin.sparsify(toys.plain_sr(), 0.5, total_steps=40, **options)
+    model = toys.plain_sr()
+    controller = iks_plugin.sparsify(model, 0.5, total_steps=40, **options)
     state = controller.state_dict()
     before = {key: value for key, value in state.items() if key != "ramp_start"}
     controller.load_state_dict(before)
