@@ -23,7 +23,7 @@ class Preset:
 PRESETS = {
     "small": Preset(
         "EDSR 8 x 32 at 0.9, every method, three seeds: 0.5 to 2.3 hours on two cores with --jobs 2",
-        Plan(("edsr-8x32-x2",), EVERY_METHOD, (0.9,), (0, 1, 2), lrs=(1e-3, 2e-3), ramps=(0.6,)),
+        Plan(("edsr-8x32-x2",), EVERY_METHOD, (0.9,), (0, 1, 2), lrs=(2e-3, 4e-3), ramps=(0.6,)),
     ),
     "full": Preset(
         "five networks at five sparsities, every method, three seeds: days on a CPU",
@@ -32,7 +32,7 @@ PRESETS = {
             EVERY_METHOD,
             (0.5, 0.8, 0.9, 0.95, 0.99),
             (0, 1, 2),
-            lrs=(5e-4, 1e-3, 2e-3),
+            lrs=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
             ramps=(0.3, 0.6),
         ),
     ),
